@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the threads of one block, and the blocks of one grid, do together. Every function here is
+// called by all threads of a block whose size is a multiple of 32.
+#pragma once
+
+#include "warp.cuh"
+
+namespace equipoise {
+
+/// The dynamic shared memory of the running kernel.
+extern __shared__ __align__(16) unsigned char shared_memory[];
+
+/// Combines `value` over the block; every thread gets the result, in a fixed order.
+template <typename T, typename Op>
+__device__ T block_reduce(T value, Op op) {
+  __shared__ T of_warp[kWarpSize];
+  value = team_reduce<kWarpSize>(value, op);
+  if (threadIdx.x % kWarpSize == 0) of_warp[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  value = of_warp[0];
+  for (int warp = 1; warp < blockDim.x / kWarpSize; ++warp) value = op(value, of_warp[warp]);
+  __syncthreads();  // of_warp may be written again
+  return value;
+}
+
+/// Sum of the values of all threads before this one.   1 2 3 4  ->  0 1 3 6
+template <typename T>
+__device__ T block_exclusive_scan(T value) {
+  __shared__ T of_warp[kWarpSize];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  T sum = value;
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const T below = __shfl_up_sync(kFullMask, sum, distance);
+    if (lane >= distance) sum += below;
+  }
+  if (lane == kWarpSize - 1) of_warp[warp] = sum;
+  __syncthreads();
+  sum -= value;
+  for (int w = 0; w < warp; ++w) sum += of_warp[w];
+  __syncthreads();  // of_warp may be written again
+  return sum;
+}
+
+/// Takes a ticket: true in the block that arrives last of `blocks`, which then sees all that the
+/// others wrote before. `ticket` was zero at the start of the kernel. No block waits for another.
+__device__ inline bool last_to_arrive(unsigned* ticket, unsigned blocks) {
+  __shared__ bool last;
+  __threadfence();  // what this thread wrote is visible before the ticket is taken
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == blocks - 1;
+  __syncthreads();
+  __threadfence();  // what the others wrote is read after the ticket was taken
+  return last;
+}
+
+/// Blocks of which one adds up the rows of the others; a grid has at most kFanIn * kFanIn blocks.
+constexpr int kFanIn = 32;
+/// Tickets for sum_block_rows, to be zeroed before the kernel.
+constexpr int kTickets = kFanIn + 1;
+
+/// Adds up rows[gridDim.x][width], of which each block has written its own, into rows[0]: within
+/// each kFanIn neighbours first, then over those sums, so in an order that depends on the grid
+/// alone. True in one block, which may then read rows[0] and all else that any block wrote before.
+template <typename T>
+__device__ bool sum_block_rows(T* rows, int64_t width, unsigned* tickets) {
+  const unsigned blocks = gridDim.x, groups = (blocks + kFanIn - 1) / kFanIn;
+  const unsigned group = blockIdx.x / kFanIn, first = group * kFanIn;
+  const unsigned members = min(blocks - first, static_cast<unsigned>(kFanIn));
+  const auto add = [&](T* into, unsigned count, int64_t stride) {
+    for (int64_t column = threadIdx.x; column < width; column += blockDim.x) {
+      T sum = into[column];
+#pragma unroll 8
+      for (unsigned i = 1; i < count; ++i) sum += into[i * stride + column];
+      into[column] = sum;
+    }
+  };
+  if (blocks == 1) {
+    __syncthreads();
+    return true;
+  }
+  if (!last_to_arrive(&tickets[1 + group], members)) return false;
+  add(rows + first * width, members, width);
+  if (!last_to_arrive(&tickets[0], groups)) return false;
+  add(rows, groups, kFanIn * width);
+  __syncthreads();
+  return true;
+}
+
+}  // namespace equipoise

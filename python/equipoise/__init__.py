@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routes tokens to experts and keeps the experts evenly loaded.
+
+`functional` has the ops, `nn` the modules, `balancers` what acts between steps, `metrics` the
+figures of load, `cpp` the C++ modules of `equipoise::nn`, `ops` the doors to `torch.ops.equipoise`.
+"""
+
+from pathlib import Path
+
+import torch
+
+from . import _build
+
+__version__ = _build.version
+
+# Compiled code calls into libtorch, whose binary interface holds within one minor version only.
+if torch.__version__.split(".")[:2] != _build.torch.split(".")[:2]:
+    raise ImportError(
+        f"equipoise {__version__} was built against torch {_build.torch}, but torch "
+        f"{torch.__version__} is installed: install equipoise again, or the torch that it wants"
+    )
+
+from . import balancers, cpp, functional, metrics, nn, ops  # noqa: E402
+
+#: For find_package(equipoise): cmake -DCMAKE_PREFIX_PATH=<this>
+cmake_prefix_path = str(Path(__file__).parent / "share" / "cmake")
+
+__all__ = ["balancers", "cmake_prefix_path", "cpp", "functional", "metrics", "nn", "ops"]

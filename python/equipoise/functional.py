@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions over the ops, with named results. Shapes: T tokens, E experts, K = top_k, H features, N rows.
+
+Everything works on CPU and CUDA, for float64, float32, bfloat16 and float16, under ``torch.compile``,
+``torch.export`` and autocast, and is differentiable twice. Bad arguments raise ``RuntimeError`` with a message that
+names the op, the argument, what was wanted and what came.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+__all__ = [
+    "LossReport",
+    "PermuteResult",
+    "RoutingResult",
+    "balance_loss",
+    "expert_bincount",
+    "moe_permute",
+    "moe_unpermute",
+    "switch_loss",
+    "topk_gating",
+    "z_loss",
+]
+
+_SUMS_TAIL = 5  # scalars behind the two [E] parts of RoutingResult.sums; csrc/ops/routing_sums.h has the layout
+
+
+class RoutingResult(NamedTuple):
+    """What ``topk_gating`` returns. Float results are float32 (float64 for float64 logits)."""
+
+    topk_weights: Tensor
+    """[..., K] weights of the chosen experts; differentiable."""
+    topk_indices: Tensor
+    """[..., K] int64, by descending score; -1 where no expert was chosen."""
+    tokens_per_expert: Tensor
+    """[E] int64 counts of the chosen slots."""
+    lse: Tensor
+    """[...] logsumexp of each row, 0 for a masked token; differentiable; empty with ``stats=False``."""
+    sums: Tensor
+    """[2 E + 5] packed sums over the tokens; the properties below name its parts; empty with ``stats=False``."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.tokens_per_expert.size(-1)
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.topk_indices.size(-1)
+
+    @property
+    def prob_sum(self) -> Tensor:
+        """[E] sum of the probabilities over the tokens, each times its weight; differentiable."""
+        return self.sums[..., : self.num_experts]
+
+    @property
+    def load(self) -> Tensor:
+        """[E] sum of the weights of the tokens that chose an expert (the counts, for a mask)."""
+        return self.sums[..., self.num_experts : 2 * self.num_experts]
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Scalar, the sum of the token weights."""
+        return self.sums[..., -_SUMS_TAIL]
+
+    @property
+    def num_nan_rows(self) -> Tensor:
+        """Scalar, how many unmasked rows had a NaN logit."""
+        return self.sums[..., -_SUMS_TAIL + 3]
+
+    @property
+    def num_invalid(self) -> Tensor:
+        """Scalar, bad values met on CUDA, where they cannot raise: negative or NaN token weights."""
+        return self.sums[..., -_SUMS_TAIL + 4]
+
+
+def topk_gating(
+    logits: Tensor,
+    top_k: int,
+    score_function: str = "softmax",
+    norm_topk_prob: bool = False,
+    scaling_factor: float = 1.0,
+    expert_bias: Tensor | None = None,
+    num_groups: int = 1,
+    group_topk: int | None = None,
+    group_score: str = "top2_sum",
+    token_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    num_segments: int | None = None,
+    noise: Tensor | None = None,
+    forced_indices: Tensor | None = None,
+    stats: bool = True,
+) -> RoutingResult:
+    """Scores, selection, weights, counts and every sum a balance loss needs, in one read of the logits.
+
+    ``p = softmax(logits)``; the ``top_k`` experts with the largest ``p + expert_bias`` are chosen (ties to the lowest
+    index); their weights are ``scaling_factor * p``, divided by the sum of the chosen ``p`` with ``norm_topk_prob``.
+    Softmax, then top-k, then renormalising equals top-k, then softmax, so ``norm_topk_prob=True`` is both. With
+    ``top_k=1`` it makes the weight ``scaling_factor`` and the gate gradient zero.
+
+    Args:
+        logits: [..., E]. NaN and -inf are absent experts: never chosen, p = 0. +inf counts as 1e18.
+        top_k: K, from 1 to E.
+        score_function: "softmax".
+        norm_topk_prob: divide the K weights by their sum.
+        scaling_factor: multiplies the K weights.
+        expert_bias: [E] float32, added for the selection only (loss-free balancing). No gradient.
+        num_groups: 1.
+        group_topk: None.
+        group_score: unused with one group.
+        token_mask: [...] bool, True = real token, or float weights >= 0 that scale a token's part in the sums. A
+            masked token gets indices -1 and weights 0 and is counted nowhere. No gradient.
+        segment_ids: None.
+        num_segments: None.
+        noise: None.
+        forced_indices: None.
+        stats: compute ``lse`` and ``sums`` as well; False for inference.
+
+    Returns:
+        RoutingResult.
+
+    Sources: Shazeer 2017 (arXiv:1701.06538), Fedus 2021 (arXiv:2101.03961), Wang 2024 (arXiv:2408.15664).
+
+    >>> r = topk_gating(torch.tensor([[0.0, 2.0, 1.0], [1.0, 0.0, 0.0]]), top_k=2, norm_topk_prob=True)
+    >>> r.topk_indices.tolist(), r.tokens_per_expert.tolist()
+    ([[1, 2], [0, 1]], [1, 2, 1])
+    >>> [round(w, 3) for w in r.topk_weights[0].tolist()]
+    [0.731, 0.269]
+    """
+    return RoutingResult(
+        *ops.topk_gating(
+            logits,
+            top_k,
+            score_function,
+            norm_topk_prob,
+            scaling_factor,
+            expert_bias,
+            num_groups,
+            group_topk,
+            group_score,
+            token_mask,
+            segment_ids,
+            num_segments,
+            noise,
+            forced_indices,
+            stats,
+        )
+    )
+
+
+def expert_bincount(
+    indices: Tensor, num_experts: int, weights: Tensor | None = None, token_mask: Tensor | None = None
+) -> Tensor:
+    """How many slots, or how much weight, each expert got, in O(E) memory and without a host sync.
+
+    Args:
+        indices: [..., K] int64; -1 is skipped. Others outside [0, E) raise on the CPU and are skipped on CUDA.
+        num_experts: E.
+        weights: [..., K] float; the result is then their sum per expert, and differentiable.
+        token_mask: [...] bool, True = real token.
+
+    Returns:
+        [E] int64, or float32 (float64 for float64 weights).
+
+    >>> expert_bincount(torch.tensor([[0, 2], [2, -1]]), 3).tolist()
+    [1, 0, 2]
+    """
+    return ops.expert_bincount(indices, num_experts, weights, token_mask)
+
+
+class PermuteResult(NamedTuple):
+    """What ``moe_permute`` returns: N = T K rows, of which those after ``expert_offsets[E]`` are zero."""
+
+    permuted: Tensor
+    """[N, H] rows, those of each expert together, in token order; differentiable."""
+    permuted_weights: Tensor
+    """[N] the weight of each row; empty where no weights were given; differentiable."""
+    row_id_map: Tensor
+    """[T, K] int64, the row that holds slot (t, k), -1 where there is none."""
+    tokens_per_expert: Tensor
+    """[E] int64."""
+    expert_offsets: Tensor
+    """[E + 1] int64; expert e has the rows from ``expert_offsets[e]`` to ``expert_offsets[e + 1]``."""
+    kept_per_expert: Tensor
+    """[E] int64, ``tokens_per_expert`` after any drop."""
+    overflow: Tensor
+    """Scalar int64, rows that did not fit."""
+
+
+def moe_permute(
+    x: Tensor,
+    topk_indices: Tensor | None,
+    num_experts: int,
+    topk_weights: Tensor | None = None,
+    tokens_per_expert: Tensor | None = None,
+    routing_map: Tensor | None = None,
+    capacity: int | None = None,
+    drop_policy: str = "position",
+    pad_to_capacity: bool = False,
+    align: int = 1,
+    seed: int | None = None,
+    output_rows: int | None = None,
+) -> PermuteResult:
+    """Copies each token's row to each of its experts, the rows of one expert together, in token order.
+
+    Args:
+        x: [T, H].
+        topk_indices: [T, K] int64 in [-1, E); -1 is left out.
+        num_experts: E.
+        topk_weights: [T, K] float, permuted along.
+        tokens_per_expert: [E] int64 counts of ``topk_indices`` (compared on the CPU).
+        routing_map: None.
+        capacity: None (dropless).
+        drop_policy: "position".
+        pad_to_capacity: False.
+        align: 1.
+        seed: None.
+        output_rows: None.
+
+    Returns:
+        PermuteResult. Its sizes depend on shapes alone, so nothing waits for the device.
+
+    >>> p = moe_permute(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[1], [0], [1]]), num_experts=2)
+    >>> p.permuted.flatten().tolist(), p.expert_offsets.tolist(), p.row_id_map.flatten().tolist()
+    ([2.0, 1.0, 3.0], [0, 1, 3], [1, 0, 2])
+    """
+    return PermuteResult(
+        *ops.moe_permute(
+            x,
+            topk_indices,
+            num_experts,
+            topk_weights,
+            tokens_per_expert,
+            routing_map,
+            capacity,
+            drop_policy,
+            pad_to_capacity,
+            align,
+            seed,
+            output_rows,
+        )
+    )
+
+
+def moe_unpermute(permuted: Tensor, row_id_map: Tensor, topk_weights: Tensor | None = None) -> Tensor:
+    """Adds each token's rows up again: ``out[t] = sum_k topk_weights[t, k] * permuted[row_id_map[t, k]]``.
+
+    The sum runs in slot order in float32 (float64 for float64) and is rounded once.
+
+    Args:
+        permuted: [N, H].
+        row_id_map: [T, K] int64 in [-1, N) from ``moe_permute``; no row may stand in it twice.
+        topk_weights: [T, K] float32 (float64 for float64 rows) or the dtype of ``permuted``; None means 1.
+
+    Returns:
+        [T, H], dtype of ``permuted``.
+
+    >>> moe_unpermute(torch.tensor([[2.0], [1.0], [3.0]]), torch.tensor([[1], [0], [2]])).flatten().tolist()
+    [1.0, 2.0, 3.0]
+    """
+    return ops.moe_unpermute(permuted, row_id_map, topk_weights)
+
+
+class LossReport(NamedTuple):
+    """What ``balance_loss`` returns."""
+
+    total: Tensor
+    """Scalar, the sum of the scaled losses; differentiable."""
+    unscaled: dict[str, Tensor]
+    """The value of each loss, 1.0 for ``switch`` at balance; differentiable."""
+    scaled: dict[str, Tensor]
+    """The same times its coefficient."""
+
+
+def balance_loss(routing: RoutingResult, losses: Mapping[str, float | Tensor]) -> LossReport:
+    """A weighted set of balance losses from the sums of ``topk_gating``; never touches a [T, E] tensor.
+
+    With f = load / (K W), P = prob_sum / W and W = num_tokens:
+
+    ====== =========================== ================================================================
+    switch ``E sum(f P)``, f detached  1 at balance; Fedus 2021 (arXiv:2101.03961)
+    z      ``mean(lse^2)``             ST-MoE (arXiv:2202.08906)
+    ====== =========================== ================================================================
+
+    With K = E every expert gets every token: ``switch`` is then left out (value 0), with one warning.
+
+    Args:
+        routing: from ``topk_gating`` with ``stats=True``.
+        losses: name -> coefficient >= 0, a float or (for schedules under ``torch.compile``) a scalar tensor.
+
+    Returns:
+        LossReport; float32, or float64 for float64 logits.
+
+    >>> r = topk_gating(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), top_k=1)
+    >>> report = balance_loss(r, {"switch": 0.01, "z": 0.001})
+    >>> round(report.unscaled["switch"].item(), 3), round(report.total.item(), 5)
+    (1.762, 0.02214)
+    """
+    return _balance_loss(routing, losses, guard_dense=True)
+
+
+def switch_loss(routing: RoutingResult) -> Tensor:
+    """The unscaled Switch loss, a scalar: 1 at balance. Computed even where K = E.
+
+    >>> round(switch_loss(topk_gating(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), top_k=1)).item(), 3)
+    1.0
+    """
+    return _balance_loss(routing, {"switch": 1.0}, guard_dense=False).total
+
+
+def z_loss(routing: RoutingResult) -> Tensor:
+    """The unscaled router z-loss, a scalar: the mean of lse^2.
+
+    >>> round(z_loss(topk_gating(torch.zeros(3, 4), top_k=1)).item(), 3)  # log(4)^2
+    1.922
+    """
+    return _balance_loss(routing, {"z": 1.0}, guard_dense=False).total
+
+
+def _balance_loss(
+    routing: RoutingResult, losses: Mapping[str, float | Tensor], guard_dense: bool
+) -> LossReport:
+    names = list(losses)
+    device = routing.sums.device
+    for name, value in losses.items():
+        if not isinstance(value, Tensor) and not value >= 0:
+            raise ValueError(f"balance_loss: the coefficient of '{name}' must be >= 0, got {value}")
+    # Filled on the device: a copy from the host would wait for it.
+    coefficients = torch.stack([
+        value.detach().to(torch.float32)
+        if isinstance(value, Tensor)
+        else torch.full((), value, dtype=torch.float32, device=device)
+        for value in losses.values()
+    ])
+    total, values = ops.balance_loss(
+        routing.sums, coefficients, names, routing.top_k, guard_dense=guard_dense
+    )
+    unscaled = dict(zip(names, values.unbind(), strict=True))
+    scaled = dict(zip(names, (values * coefficients).unbind(), strict=True))
+    return LossReport(total, unscaled, scaled)

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules over the ops of `equipoise.functional`; C++ has the same as `equipoise::nn`."""
+
+from ..balancers import LossFreeBalancer
+from .losses import SwitchBalanceLoss
+from .moe import MoELayer
+from .router import TopKRouter
+from .transformer import MoETransformerBlock, MoETransformerLM
+
+__all__ = [
+    "LossFreeBalancer",
+    "MoELayer",
+    "MoETransformerBlock",
+    "MoETransformerLM",
+    "SwitchBalanceLoss",
+    "TopKRouter",
+]

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registered operators: ``torch.ops.equipoise.X``, which is what compiled graphs contain.
+
+Every name in ``__all__`` is one op; ``equipoise.functional`` has the doors with defaults and named results. Ops whose
+name ends in ``_backward`` are the gradients of the others.
+
+>>> sorted(__all__)[0]
+'balance_loss'
+"""
+
+import torch
+
+from . import _C  # noqa: F401  (loading the library registers the ops)
+
+_OPS = torch.ops.equipoise
+
+balance_loss = _OPS.balance_loss.default
+balance_loss_backward = _OPS.balance_loss_backward.default
+expert_bincount = _OPS.expert_bincount.default
+expert_bincount_backward = _OPS.expert_bincount_backward.default
+moe_permute = _OPS.moe_permute.default
+moe_unpermute = _OPS.moe_unpermute.default
+moe_unpermute_backward = _OPS.moe_unpermute_backward.default
+topk_gating = _OPS.topk_gating.default
+topk_gating_backward = _OPS.topk_gating_backward.default
+
+__all__ = [
+    "balance_loss",
+    "balance_loss_backward",
+    "expert_bincount",
+    "expert_bincount_backward",
+    "moe_permute",
+    "moe_unpermute",
+    "moe_unpermute_backward",
+    "topk_gating",
+    "topk_gating_backward",
+]
