@@ -9,12 +9,16 @@
 
 namespace equipoise {
 
-inline bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
-inline bool requires_grad(const std::optional<at::Tensor>& tensor) { return tensor && requires_grad(*tensor); }
+inline bool requires_grad(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.requires_grad();
+}
+inline bool requires_grad(const std::optional<at::Tensor>& tensor) {
+  return tensor && requires_grad(*tensor);
+}
 
-/// Whether autograd must be able to differentiate a result of these tensors. Inside a backward this is true only
-/// under create_graph: then the registered X_backward ops take their ATen form, which has derivatives of any order,
-/// instead of their kernel.
+/// Whether autograd must be able to differentiate a result of these tensors. Inside a backward this
+/// is true only under create_graph: then the registered X_backward ops take their ATen form, which
+/// has derivatives of any order, instead of their kernel.
 template <typename... Tensors>
 bool differentiating(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (... || requires_grad(tensors));

@@ -13,30 +13,37 @@ namespace equipoise {
 
 inline void check_floating(const char* op, const char* argument, const at::Tensor& tensor) {
   const auto type = tensor.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op, ": ",
-              argument, " must be float32, float64, bfloat16 or float16, got ", type);
+  TORCH_CHECK(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op,
+      ": ", argument, " must be float32, float64, bfloat16 or float16, got ", type);
 }
 
-inline void check_dtype(const char* op, const char* argument, const at::Tensor& tensor, at::ScalarType wanted) {
-  TORCH_CHECK(tensor.scalar_type() == wanted, op, ": ", argument, " must be ", wanted, ", got ", tensor.scalar_type());
+inline void check_dtype(const char* op, const char* argument, const at::Tensor& tensor,
+                        at::ScalarType wanted) {
+  TORCH_CHECK(tensor.scalar_type() == wanted, op, ": ", argument, " must be ", wanted, ", got ",
+              tensor.scalar_type());
 }
 
 /// `tensor` must live where `anchor` (named `anchor_name`) lives.
-inline void check_device(const char* op, const char* argument, const at::Tensor& tensor, const char* anchor_name,
-                         const at::Tensor& anchor) {
-  TORCH_CHECK(tensor.device() == anchor.device(), op, ": ", argument, " must be on the device of ", anchor_name, " (",
-              anchor.device(), "), got ", tensor.device());
+inline void check_device(const char* op, const char* argument, const at::Tensor& tensor,
+                         const char* anchor_name, const at::Tensor& anchor) {
+  TORCH_CHECK(tensor.device() == anchor.device(), op, ": ", argument, " must be on the device of ",
+              anchor_name, " (", anchor.device(), "), got ", tensor.device());
 }
 
 /// `tensor` must have exactly the sizes `wanted`; `meaning` spells them with names, as "[T, K]".
-inline void check_sizes(const char* op, const char* argument, const at::Tensor& tensor, c10::SymIntArrayRef wanted,
-                        const char* meaning) {
+inline void check_sizes(const char* op, const char* argument, const at::Tensor& tensor,
+                        c10::SymIntArrayRef wanted, const char* meaning) {
   bool same = tensor.dim() == static_cast<int64_t>(wanted.size());
   for (size_t i = 0; same && i < wanted.size(); ++i) same = tensor.sym_size(i) == wanted[i];
-  TORCH_CHECK(same, op, ": ", argument, " must have shape ", meaning, " = ", wanted, ", got ", tensor.sym_sizes());
+  TORCH_CHECK(same, op, ": ", argument, " must have shape ", meaning, " = ", wanted, ", got ",
+              tensor.sym_sizes());
 }
 
-/// The dtype that arithmetic and float results of an op on `type` have: float64 stays, the rest is float32.
-inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+/// The dtype that arithmetic and float results of an op on `type` have: float64 stays, the rest is
+/// float32.
+inline at::ScalarType accumulate_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 }  // namespace equipoise

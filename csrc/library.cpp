@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Declares the operator library. Each op adds its own schemas in csrc/ops/X.cpp (TORCH_LIBRARY_FRAGMENT).
+// Declares the operator library. Each op adds its own schemas in csrc/ops/X.cpp
+// (TORCH_LIBRARY_FRAGMENT).
 #include "library.h"
 
 #include <torch/library.h>

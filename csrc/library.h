@@ -16,22 +16,25 @@
 
 namespace equipoise {
 
-/// The registered operator `name` of this library. Keep the handle in a static of a function that is
-/// local to one source file: a static of an inline function would be shared between two copies of
-/// the library in one process.
+/// The registered operator `name` of this library. Keep the handle in a static of a function that
+/// is local to one source file: a static of an inline function would be shared between two copies
+/// of the library in one process.
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   const std::string qualified = std::string(EQUIPOISE_LIBRARY_NAME "::") + name;
   return c10::Dispatcher::singleton().findSchemaOrThrow(qualified.c_str(), "").typed<Signature>();
 }
 
-/// A function of (first tensor, Parameters) with the signature of a schema: `Parameters` is an aggregate of the
-/// schema's other arguments in their order, so that an op with many arguments lists them once.
+/// A function of (first tensor, Parameters) with the signature of a schema: `Parameters` is an
+/// aggregate of the schema's other arguments in their order, so that an op with many arguments
+/// lists them once.
 template <auto function, typename Parameters, typename Signature>
 struct WithSchema;
 template <auto function, typename Parameters, typename Result, typename... Rest>
 struct WithSchema<function, Parameters, Result(const at::Tensor&, Rest...)> {
-  static Result call(const at::Tensor& first, Rest... rest) { return function(first, Parameters{rest...}); }
+  static Result call(const at::Tensor& first, Rest... rest) {
+    return function(first, Parameters{rest...});
+  }
 };
 
 }  // namespace equipoise

@@ -18,7 +18,8 @@ __device__ T block_reduce(T value, Op op) {
   if (threadIdx.x % kWarpSize == 0) of_warp[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   value = of_warp[0];
-  for (int warp = 1; warp < blockDim.x / kWarpSize; ++warp) value = op(value, of_warp[warp]);
+  const int warps = blockDim.x / kWarpSize;
+  for (int warp = 1; warp < warps; ++warp) value = op(value, of_warp[warp]);
   __syncthreads();  // of_warp may be written again
   return value;
 }

@@ -17,7 +17,7 @@
 #include "block.cuh"
 #include "host.h"
 #include "launch.cuh"
-#include "vector.cuh"
+#include "rows.cuh"
 #include "warp.cuh"
 
 namespace equipoise {
@@ -34,15 +34,15 @@ struct Slots {
 
   __device__ int expert(int64_t slot) const {
     const int64_t e = indices[slot];
-    const bool counts = e >= 0 && e < experts &&
-                        (token_mask == nullptr || token_mask[slot / top_k]);
+    const bool counts =
+        e >= 0 && e < experts && (token_mask == nullptr || token_mask[slot / top_k]);
     return counts ? static_cast<int>(e) : -1;
   }
 };
 
 // Shared memory: a bin per expert, or nothing if they do not fit.
 __global__ void __launch_bounds__(kThreads)
-    count_kernel(const Slots slots, bool in_shared, unsigned long long* counts) {
+    expert_bincount_kernel(const Slots slots, bool in_shared, unsigned long long* counts) {
   auto* bins = reinterpret_cast<unsigned*>(shared_memory);
   if (in_shared) {
     for (int e = threadIdx.x; e < slots.experts; e += kThreads) bins[e] = 0;
@@ -68,8 +68,9 @@ __global__ void __launch_bounds__(kThreads)
 // One warp per block, which is one segment of `length` slots.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kWarpSize)
-    weigh_kernel(const Slots slots, const scalar_t* weights, int64_t length, unsigned* tickets,
-                 compute_type<scalar_t>* segment_sums, compute_type<scalar_t>* sums) {
+    expert_bincount_weighted_kernel(const Slots slots, const scalar_t* weights, int64_t length,
+                                    unsigned* tickets, compute_type<scalar_t>* segment_sums,
+                                    compute_type<scalar_t>* sums) {
   using compute_t = compute_type<scalar_t>;
   const int lane = threadIdx.x;
   compute_t* own = segment_sums + int64_t{blockIdx.x} * slots.experts;
@@ -98,8 +99,8 @@ __global__ void __launch_bounds__(kWarpSize)
 
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
-    weigh_backward_kernel(const Slots slots, const compute_type<scalar_t>* grad,
-                          scalar_t* grad_weights) {
+    expert_bincount_backward_kernel(const Slots slots, const compute_type<scalar_t>* grad,
+                                    scalar_t* grad_weights) {
   const int64_t slot = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   if (slot >= slots.size) return;
   const int e = slots.expert(slot);
@@ -117,24 +118,24 @@ void count(const Slots& slots, const at::Tensor& counts) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
   auto* bins = counts.mutable_data_ptr<int64_t>();
   C10_CUDA_CHECK(cudaMemsetAsync(bins, 0, counts.nbytes(), stream));
-  if (slots.size == 0) return;
   constexpr int64_t kSlotsPerThread = 4, kMaxBlocks = 512;
   const int64_t blocks = std::min(ceil_div(slots.size, kThreads * kSlotsPerThread), kMaxBlocks);
   const int64_t shared_bytes = slots.experts * sizeof(unsigned);
   const bool in_shared = shared_bytes <= kMaxSharedBytes;
-  launch(count_kernel, blocks, kThreads, in_shared ? shared_bytes : 0, stream, slots, in_shared,
-         reinterpret_cast<unsigned long long*>(bins));
+  launch(expert_bincount_kernel, blocks, kThreads, in_shared ? shared_bytes : 0, stream, slots,
+         in_shared, reinterpret_cast<unsigned long long*>(bins));
 }
 
 template <typename scalar_t>
 void weigh(const Slots& slots, const at::Tensor& weights, const at::Tensor& sums) {
   using compute_t = compute_type<scalar_t>;
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  // Segments of 256 slots, longer ones where the rows of sums would have more than kMaxSums numbers.
+  // Segments of 256 slots, longer ones where the rows of sums would have more than kMaxSums
+  // numbers.
   constexpr int64_t kShortest = 256, kMaxSums = 1 << 18, kMaxSegments = kFanIn * kFanIn;
   const int64_t most = std::clamp<int64_t>(kMaxSums / slots.experts, 1, kMaxSegments);
   const int64_t length = std::max(kShortest, ceil_div(slots.size, most));
-  const int64_t segments = std::max<int64_t>(ceil_div(slots.size, length), 1);
+  const int64_t segments = ceil_div(slots.size, length);
 
   constexpr int64_t kTicketsBytes = 16 * ceil_div(kTickets * sizeof(unsigned), 16);
   const int64_t sums_bytes = segments * slots.experts * sizeof(compute_t);
@@ -142,7 +143,7 @@ void weigh(const Slots& slots, const at::Tensor& weights, const at::Tensor& sums
       at::empty({kTicketsBytes + sums_bytes}, weights.options().dtype(at::kByte));
   auto* memory = workspace.mutable_data_ptr<uint8_t>();
   if (segments > 1) C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, kTicketsBytes, stream));
-  launch(weigh_kernel<scalar_t>, segments, kWarpSize, 0, stream, slots,
+  launch(expert_bincount_weighted_kernel<scalar_t>, segments, kWarpSize, 0, stream, slots,
          weights.const_data_ptr<scalar_t>(), length, reinterpret_cast<unsigned*>(memory),
          reinterpret_cast<compute_t*>(memory + kTicketsBytes), sums.mutable_data_ptr<compute_t>());
 }
@@ -153,6 +154,11 @@ void expert_bincount_cuda(const at::Tensor& indices, const std::optional<at::Ten
                           const std::optional<at::Tensor>& token_mask, const at::Tensor& counts) {
   const c10::cuda::CUDAGuard guard(indices.device());
   const auto slots = make_slots(indices, token_mask, counts.size(0));
+  if (slots.size == 0) {
+    C10_CUDA_CHECK(cudaMemsetAsync(counts.mutable_data_ptr(), 0, counts.nbytes(),
+                                   c10::cuda::getCurrentCUDAStream()));
+    return;
+  }
   if (!weights.has_value()) return count(slots, counts);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weights->scalar_type(),
                                   "expert_bincount_cuda",
@@ -167,8 +173,8 @@ void expert_bincount_backward_cuda(const at::Tensor& grad, const at::Tensor& ind
   const auto slots = make_slots(indices, token_mask, grad.size(0));
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, grad_weights.scalar_type(), "expert_bincount_backward_cuda", [&] {
-        launch(weigh_backward_kernel<scalar_t>, ceil_div(slots.size, kThreads), kThreads, 0,
-               c10::cuda::getCurrentCUDAStream(), slots,
+        launch(expert_bincount_backward_kernel<scalar_t>, ceil_div(slots.size, kThreads), kThreads,
+               0, c10::cuda::getCurrentCUDAStream(), slots,
                grad.const_data_ptr<compute_type<scalar_t>>(),
                grad_weights.mutable_data_ptr<scalar_t>());
       });

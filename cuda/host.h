@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The host functions of the CUDA side, one per op and direction: what csrc/ops/*.cpp registers and cuda/*.cu
-// implements. Arguments were checked, are on one device, and outputs are allocated and unfilled unless said.
-// None waits for the device. An output with zero elements is allowed everywhere.
+// The host functions of the CUDA side, one per op and direction: what csrc/ops/*.cpp registers and
+// cuda/*.cu implements. Arguments were checked, are on one device, and outputs are allocated and
+// unfilled unless said. None waits for the device. An output with zero elements is allowed
+// everywhere.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,38 +15,49 @@
 namespace equipoise {
 
 void topk_gating_cuda(const TopKGatingArguments& arguments, const TopKGatingOutputs& outputs);
-void topk_gating_backward_cuda(const TopKGatingBackwardArguments& arguments, const at::Tensor& grad_logits);
+void topk_gating_backward_cuda(const TopKGatingBackwardArguments& arguments,
+                               const at::Tensor& grad_logits);
 
-/// indices [T, K] int64, weights [T, K] (any floating dtype) or absent, token_mask [T] bool or absent, all contiguous;
-/// counts [E] is int64 without weights, else float32 (float64 for float64 weights).
+/// indices [T, K] int64, weights [T, K] (any floating dtype) or absent, token_mask [T] bool or
+/// absent, all contiguous; counts [E] is int64 without weights, else float32 (float64 for float64
+/// weights).
 void expert_bincount_cuda(const at::Tensor& indices, const std::optional<at::Tensor>& weights,
                           const std::optional<at::Tensor>& token_mask, const at::Tensor& counts);
-/// grad_weights[t, k] = grad[indices[t, k]], 0 for a skipped slot; grad [E] has the type of the counts.
+/// grad_weights[t, k] = grad[indices[t, k]], 0 for a skipped slot; grad [E] has the type of the
+/// counts.
 void expert_bincount_backward_cuda(const at::Tensor& grad, const at::Tensor& indices,
-                                   const std::optional<at::Tensor>& token_mask, const at::Tensor& grad_weights);
+                                   const std::optional<at::Tensor>& token_mask,
+                                   const at::Tensor& grad_weights);
 
-/// topk_indices [T, K] int64 contiguous -> row_id_map [T, K], tokens_per_expert [E], expert_offsets [E + 1].
+/// topk_indices [T, K] int64 contiguous -> row_id_map [T, K], tokens_per_expert [E], expert_offsets
+/// [E + 1].
 void moe_permute_index_cuda(const at::Tensor& topk_indices, const at::Tensor& row_id_map,
                             const at::Tensor& tokens_per_expert, const at::Tensor& expert_offsets);
-/// rows[row_id_map[t, k]] = weights[t, k] * x[t] (weights absent: a plain copy); every row without a slot is zeroed.
-/// x [T, H] has inner stride 1; rows [N, H] contiguous, same dtype. Map entries outside [0, N) are skipped.
-void moe_scatter_rows_cuda(const at::Tensor& x, const at::Tensor& row_id_map, const std::optional<at::Tensor>& weights,
-                           const at::Tensor& rows);
-/// out[t] = sum_k weights[t, k] * rows[row_id_map[t, k]] in slot order, in compute type; weights absent: 1.
+/// rows[row_id_map[t, k]] = weights[t, k] * x[t] (weights absent: a plain copy); every row without
+/// a slot is zeroed. x [T, H] has inner stride 1; rows [N, H] contiguous, same dtype. Map entries
+/// outside [0, N) are skipped.
+void moe_scatter_rows_cuda(const at::Tensor& x, const at::Tensor& row_id_map,
+                           const std::optional<at::Tensor>& weights, const at::Tensor& rows);
+/// out[t] = sum_k weights[t, k] * rows[row_id_map[t, k]] in slot order, in compute type; weights
+/// absent: 1.
 void moe_gather_rows_cuda(const at::Tensor& rows, const at::Tensor& row_id_map,
                           const std::optional<at::Tensor>& weights, const at::Tensor& out);
-/// out[t, k] = <grad[t], rows[row_id_map[t, k]]> in compute type, 0 for -1; out has the dtype of the weights.
+/// out[t, k] = <grad[t], rows[row_id_map[t, k]]> in compute type, 0 for -1; out has the dtype of
+/// the weights.
 void moe_dot_rows_cuda(const at::Tensor& grad, const at::Tensor& rows, const at::Tensor& row_id_map,
                        const at::Tensor& out);
 
-/// values [L] and total [] from sums [2 E + 5]; kinds are BalanceLossKind numbers (L <= 32), a negative one gives 0.
-/// coefficients [L] float32 on the device.
-void balance_loss_cuda(const at::Tensor& sums, const at::Tensor& coefficients, const std::vector<int64_t>& kinds,
-                       int64_t top_k, const at::Tensor& total, const at::Tensor& values);
-/// grad_sums = (grad_total coefficients_l + grad_values_l) dvalue_l/dsums, added over l; either gradient may be absent.
+/// values [L] and total [] from sums [2 E + 5]; kinds are BalanceLossKind numbers (L <= 32), a
+/// negative one gives 0. coefficients [L] float32 on the device.
+void balance_loss_cuda(const at::Tensor& sums, const at::Tensor& coefficients,
+                       const std::vector<int64_t>& kinds, int64_t top_k, const at::Tensor& total,
+                       const at::Tensor& values);
+/// grad_sums = (grad_total coefficients_l + grad_values_l) dvalue_l/dsums, added over l; either
+/// gradient may be absent.
 void balance_loss_backward_cuda(const std::optional<at::Tensor>& grad_total,
-                                const std::optional<at::Tensor>& grad_values, const at::Tensor& sums,
-                                const at::Tensor& coefficients, const std::vector<int64_t>& kinds, int64_t top_k,
+                                const std::optional<at::Tensor>& grad_values,
+                                const at::Tensor& sums, const at::Tensor& coefficients,
+                                const std::vector<int64_t>& kinds, int64_t top_k,
                                 const at::Tensor& grad_sums);
 
 }  // namespace equipoise

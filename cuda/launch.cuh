@@ -9,6 +9,10 @@
 
 namespace equipoise {
 
+/// Dynamic shared memory of a block: what every device grants without being asked for more is 48
+/// KB, of which 1 KB is left to the static arrays of block.cuh.
+constexpr int64_t kMaxSharedBytes = 47 * 1024;
+
 /// Runs `kernel` on a one-dimensional grid of `blocks` blocks of `threads` threads, each with
 /// `shared_bytes` of dynamic shared memory (at most kMaxSharedBytes), and checks the launch.
 template <typename... Parameters, typename... Arguments>
@@ -18,9 +22,6 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t 
       static_cast<Parameters>(arguments)...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
-
-/// What every device grants a block without being asked for more.
-constexpr int64_t kMaxSharedBytes = 48 * 1024;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -4,9 +4,9 @@
 //
 // The pairs are cut into contiguous segments. counts[e][s] says how many pairs of segment s go to
 // expert e; its exclusive prefix in memory order is where the first of them belongs; a warp per
-// segment then walks through its pairs in order and hands out the places. Up to kOneBlockPairs pairs
-// one block does all three steps, otherwise there is a kernel for each.
-// Rows travel 16 bytes a thread: x is read once and written K times.
+// segment then walks through its pairs in order and hands out the places. Up to kOneBlockPairs
+// pairs one block does all three steps, otherwise there is a kernel for each. Rows travel 16 bytes
+// a thread: x is read once and written K times.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -15,18 +15,20 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <limits>
+#include <type_traits>
 
 #include "block.cuh"
 #include "host.h"
 #include "launch.cuh"
-#include "vector.cuh"
+#include "rows.cuh"
 #include "warp.cuh"
 
 namespace equipoise {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kScanThreads = 1024;
+constexpr int kSortThreads = 1024;
 constexpr int64_t kOneBlockPairs = 8192;
 
 // ---- where each pair goes ----------------------------------------------------------------------
@@ -49,7 +51,8 @@ struct Sort {
 
 // By `threads` threads: counts the pairs of one segment, on top of zeros.
 template <typename Count>
-__device__ void count_segment(const Sort& sort, int segment, int thread, int threads, Count* counts) {
+__device__ void count_segment(const Sort& sort, int segment, int thread, int threads,
+                              Count* counts) {
   const int64_t end = sort.begin(segment + 1);
   for (int64_t pair = sort.begin(segment) + thread; pair < end; pair += threads) {
     const int e = sort.expert(pair);
@@ -102,7 +105,7 @@ __device__ void place_segment(const Sort& sort, int segment, Count* places) {
 }
 
 // All of it by one block, with a warp per segment and the counts in shared memory.
-__global__ void __launch_bounds__(kSortThreads) sort_kernel(const Sort sort) {
+__global__ void __launch_bounds__(kSortThreads, 1) moe_permute_sort_kernel(const Sort sort) {
   auto* counts = reinterpret_cast<unsigned*>(shared_memory);  // [E, segments]
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   for (int i = threadIdx.x; i < sort.experts * sort.segments; i += kSortThreads) counts[i] = 0;
@@ -115,17 +118,20 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const Sort sort) {
 
 // The three steps for many pairs: a block per segment, one block, a block of one warp per segment.
 template <typename Count>
-__global__ void __launch_bounds__(kThreads) count_kernel(const Sort sort, Count* counts) {
+__global__ void __launch_bounds__(kThreads)
+    moe_permute_count_kernel(const Sort sort, Count* counts) {
   count_segment(sort, blockIdx.x, threadIdx.x, kThreads, counts);
 }
 
 template <typename Count>
-__global__ void __launch_bounds__(kSortThreads) scan_kernel(const Sort sort, Count* counts) {
+__global__ void __launch_bounds__(kSortThreads)
+    moe_permute_scan_kernel(const Sort sort, Count* counts) {
   scan_counts(sort, counts);
 }
 
 template <typename Count>
-__global__ void __launch_bounds__(kWarpSize) place_kernel(const Sort sort, Count* places) {
+__global__ void __launch_bounds__(kWarpSize)
+    moe_permute_place_kernel(const Sort sort, Count* places) {
   place_segment(sort, blockIdx.x, places);
 }
 
@@ -136,55 +142,152 @@ void sort_in_three_steps(const Sort& sort, const at::Tensor& like) {
   const auto workspace = at::empty({bytes}, like.options().dtype(at::kByte));
   auto* counts = reinterpret_cast<Count*>(workspace.mutable_data_ptr<uint8_t>());
   C10_CUDA_CHECK(cudaMemsetAsync(counts, 0, bytes, stream));
-  launch(count_kernel<Count>, sort.segments, kThreads, 0, stream, sort, counts);
-  launch(scan_kernel<Count>, 1, kSortThreads, 0, stream, sort, counts);
-  launch(place_kernel<Count>, sort.segments, kWarpSize, 0, stream, sort, counts);
+  launch(moe_permute_count_kernel<Count>, sort.segments, kThreads, 0, stream, sort, counts);
+  launch(moe_permute_scan_kernel<Count>, 1, kSortThreads, 0, stream, sort, counts);
+  launch(moe_permute_place_kernel<Count>, sort.segments, kWarpSize, 0, stream, sort, counts);
+}
+
+void sort_pairs(Sort sort, const at::Tensor& like) {
+  // A segment is what one warp walks through, 32 pairs at a time.
+  const auto cut = [&](int64_t most_segments) {
+    const int64_t most = std::max<int64_t>(most_segments, 1);
+    sort.length = kWarpSize * ceil_div(ceil_div(sort.pairs, most), kWarpSize);
+    sort.segments = static_cast<int>(ceil_div(sort.pairs, sort.length));
+  };
+  const int64_t expert_bytes = sort.experts * sizeof(unsigned);
+  if (sort.pairs <= kOneBlockPairs && expert_bytes <= kMaxSharedBytes) {
+    cut(std::min<int64_t>(kMaxSharedBytes / expert_bytes, kSortThreads / kWarpSize));
+    launch(moe_permute_sort_kernel, 1, kSortThreads, expert_bytes * sort.segments,
+           c10::cuda::getCurrentCUDAStream(), sort);
+    return;
+  }
+  // More segments are faster to walk through, but one block scans all counts.
+  constexpr int64_t kMaxCounts = 1 << 16;
+  cut(std::clamp<int64_t>(kMaxCounts / sort.experts, 32, 512));
+  if (sort.pairs <= std::numeric_limits<unsigned>::max()) {
+    sort_in_three_steps<unsigned>(sort, like);
+  } else {
+    sort_in_three_steps<unsigned long long>(sort, like);
+  }
 }
 
 // ---- rows --------------------------------------------------------------------------------------
 
-// Row of each slot, and what it is multiplied with: weights are in the type of the rows or in the
-// compute type; at most one pointer is set, none for 1.
 template <typename scalar_t>
 struct Scatter {
-  using compute_t = compute_type<scalar_t>;
-  const scalar_t* x;
+  const scalar_t* x;  // [T, H]
   int64_t x_stride;
   const int64_t* row_id_map;  // [T, K]
   RowWeights<scalar_t> weights;
-  scalar_t* rows;             // [N, H]
-  bool* filled;               // [N], false at first
+  bool weighted;
+  scalar_t* rows;  // [N, H]
+  bool* filled;    // [N], false at first
   int64_t tokens, top_k, num_rows, width;
 };
 
-// One thread per kSize columns of a token, which go to its K rows.
+// A thread takes kSize columns of a token to its K rows.
 template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kThreads) scatter_kernel(const Scatter<scalar_t> s) {
-  using Piece = Vector<scalar_t, kSize>;
-  const int64_t pieces = s.width / kSize;  // per row
-  const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-  const int64_t token = i / pieces, column = i % pieces * kSize;
+__global__ void __launch_bounds__(kThreads) moe_scatter_rows_kernel(const Scatter<scalar_t> s) {
+  using compute_t = compute_type<scalar_t>;
+  const int64_t pieces = s.width / kSize;  // of a row
+  const int64_t piece = blockIdx.x * int64_t{kThreads} + threadIdx.x;
+  const int64_t token = piece / pieces, column = piece % pieces * kSize;
   if (token >= s.tokens) return;
-  const Piece x = *reinterpret_cast<const Piece*>(s.x + token * s.x_stride + column);
+  const auto x = Piece<scalar_t, kSize>::load(s.x + token * s.x_stride + column);
   for (int64_t slot = token * s.top_k; slot < (token + 1) * s.top_k; ++slot) {
     const int64_t row = s.row_id_map[slot];
     if (row < 0 || row >= s.num_rows) continue;
-    Piece y = x;
-    if (!s.weights.is_one()) {
-      const auto weight = s.weights[slot];
+    auto scaled = x;
+    if (s.weighted) {
+      const compute_t weight = s.weights[slot];
 #pragma unroll
-      for (scalar_t& value : y.values) value = static_cast<scalar_t>(weight * value);
+      for (scalar_t& value : scaled.values) {
+        value = static_cast<scalar_t>(weight * static_cast<compute_t>(value));
+      }
     }
-    *reinterpret_cast<Piece*>(s.rows + row * s.width + column) = y;
+    scaled.store(s.rows + row * s.width + column);
     if (column == 0) s.filled[row] = true;
   }
 }
 
-// A block per row: zeroes it if no slot filled it.
-template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads) zero_kernel(const Scatter<scalar_t> s) {
-  for (int64_t row = blockIdx.x; row < s.num_rows; row += gridDim.x) {
-    if (s.filled[row]) continue;
-    for (int64_t c = threadIdx.x; c < s.width; c += kThreads) s.rows[row * s.width + c] = scalar_t(0);
+// Zeroes the rows that no slot filled. Each warp looks at 32 rows at once: most often all are
+// filled.
+template <typename scalar_t, int kSize>
+__global__ void __launch_bounds__(kThreads) moe_zero_rows_kernel(const Scatter<scalar_t> s) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t first = blockIdx.x * int64_t{kThreads} + threadIdx.x - lane;
+  const bool is_empty = first + lane < s.num_rows && !s.filled[first + lane];
+  for (unsigned rest = __ballot_sync(kFullMask, is_empty); rest != 0; rest &= rest - 1) {
+    scalar_t* row = s.rows + (first + __ffs(rest) - 1) * s.width;
+    for (int64_t column = lane * kSize; column < s.width; column += kWarpSize * kSize) {
+      Piece<scalar_t, kSize>{}.store(row + column);
+    }
   }
 }
+
+template <typename scalar_t>
+void scatter(const at::Tensor& x, const at::Tensor& row_id_map,
+             const std::optional<at::Tensor>& weights, const at::Tensor& rows) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const int64_t num_rows = rows.size(0), width = rows.size(1);
+  const auto filled = at::empty({num_rows}, rows.options().dtype(at::kBool));
+  C10_CUDA_CHECK(cudaMemsetAsync(filled.mutable_data_ptr(), 0, num_rows, stream));
+  const Scatter<scalar_t> s{x.const_data_ptr<scalar_t>(),
+                            x.stride(0),
+                            row_id_map.const_data_ptr<int64_t>(),
+                            RowWeights<scalar_t>(weights),
+                            weights.has_value(),
+                            rows.mutable_data_ptr<scalar_t>(),
+                            filled.mutable_data_ptr<bool>(),
+                            x.size(0),
+                            row_id_map.size(1),
+                            num_rows,
+                            width};
+  const auto run = [&]<int kSize>(std::integral_constant<int, kSize>) {
+    const int64_t pieces = s.tokens * (width / kSize);
+    if (pieces > 0) {
+      launch(moe_scatter_rows_kernel<scalar_t, kSize>, ceil_div(pieces, kThreads), kThreads, 0,
+             stream, s);
+    }
+    launch(moe_zero_rows_kernel<scalar_t, kSize>, ceil_div(num_rows, kThreads), kThreads, 0, stream,
+           s);
+  };
+  if (has_whole_pieces(x) && has_whole_pieces(rows)) {
+    run(std::integral_constant<int, kPieceSize<scalar_t>>{});
+  } else {
+    run(std::integral_constant<int, 1>{});
+  }
+}
+
+}  // namespace
+
+void moe_permute_index_cuda(const at::Tensor& topk_indices, const at::Tensor& row_id_map,
+                            const at::Tensor& tokens_per_expert, const at::Tensor& expert_offsets) {
+  const c10::cuda::CUDAGuard guard(topk_indices.device());
+  if (topk_indices.numel() == 0) {
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    for (const auto& totals : {tokens_per_expert, expert_offsets}) {
+      C10_CUDA_CHECK(cudaMemsetAsync(totals.mutable_data_ptr(), 0, totals.nbytes(), stream));
+    }
+    return;
+  }
+  Sort sort{};
+  sort.indices = topk_indices.const_data_ptr<int64_t>();
+  sort.row_id_map = row_id_map.mutable_data_ptr<int64_t>();
+  sort.tokens_per_expert = tokens_per_expert.mutable_data_ptr<int64_t>();
+  sort.expert_offsets = expert_offsets.mutable_data_ptr<int64_t>();
+  sort.pairs = topk_indices.numel();
+  sort.experts = static_cast<int>(tokens_per_expert.size(0));
+  sort_pairs(sort, topk_indices);
+}
+
+void moe_scatter_rows_cuda(const at::Tensor& x, const at::Tensor& row_id_map,
+                           const std::optional<at::Tensor>& weights, const at::Tensor& rows) {
+  if (rows.numel() == 0) return;
+  const c10::cuda::CUDAGuard guard(rows.device());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(),
+                                  "moe_scatter_rows_cuda",
+                                  [&] { scatter<scalar_t>(x, row_id_map, weights, rows); });
+}
+
+}  // namespace equipoise

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// topk_gating on CUDA: formulas and conventions in ../csrc/ops/topk_gating.h.
+// topk_gating on CUDA, forward; formulas and conventions in ../csrc/ops/topk_gating.h.
 //
 // Up to 512 experts a *team* of 1 to 32 neighbouring lanes takes a row: 16-byte loads, the row
 // stays in registers as float32, softmax and the K rounds of arg-max are shuffles. A lane meets the
@@ -16,56 +16,23 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
-#include "../csrc/ops/topk_gating.h"
+#include "../csrc/ops/routing_sums.h"
 #include "block.cuh"
 #include "host.h"
 #include "launch.cuh"
-#include "vector.cuh"
+#include "rows.cuh"
+#include "topk_gating.cuh"
 #include "warp.cuh"
 
 namespace equipoise {
 namespace {
 
-constexpr int kThreads = 256;
+using namespace gating;
+
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kMaxTeamExperts = 512;
 constexpr int64_t kMaxBlocks = 512;
 static_assert(kMaxBlocks <= kFanIn * kFanIn);
-
-// What both directions know of a token; null where absent.
-template <typename scalar_t>
-struct Rows {
-  using compute_t = compute_type<scalar_t>;
-  const scalar_t* logits;
-  int64_t row_stride;
-  bool aligned;
-  const bool* token_mask;
-  const compute_t* token_weights;
-  int64_t tokens;
-  int experts, top_k;
-  bool norm_topk_prob;
-  compute_t scaling_factor;
-
-  __device__ const scalar_t* row(int64_t token) const { return logits + token * row_stride; }
-
-  // 0 for a masked token. A negative or NaN weight masks too, and is reported.
-  __device__ compute_t weight(int64_t token, bool* invalid) const {
-    if (token_mask != nullptr) return token_mask[token] ? 1 : 0;
-    if (token_weights == nullptr) return 1;
-    const compute_t weight = token_weights[token];
-    *invalid = !(weight >= 0);
-    return *invalid ? 0 : weight;
-  }
-};
-
-// A block's sums, and their total: this tail, then prob_sum [E], then, if tokens have weights, load
-// [E].
-enum Tail { kWeight, kLseSquared, kEntropy, kNanRows, kInvalid, kTailSize };
-static_assert(kTailSize == RoutingSums::kTail && kWeight == RoutingSums::weight(0) &&
-              kLseSquared == RoutingSums::lse_squared(0) && kEntropy == RoutingSums::entropy(0) &&
-              kNanRows == RoutingSums::nan_rows(0) && kInvalid == RoutingSums::invalid(0));
 
 template <typename scalar_t>
 struct Forward : Rows<scalar_t> {
@@ -89,46 +56,6 @@ struct Forward : Rows<scalar_t> {
   }
 };
 
-template <typename scalar_t>
-struct Backward : Rows<scalar_t> {
-  using compute_t = compute_type<scalar_t>;
-  const int64_t* topk_indices;
-  const compute_t* lse;
-  const compute_t* grad_weights;
-  const compute_t* grad_lse;
-  const compute_t* grad_prob_sum;   // [E]; null without gradients of the sums, as is the tail
-  const compute_t* grad_sums_tail;  // [kTailSize]
-  scalar_t* grad_logits;
-  int64_t grad_stride;
-  bool grad_aligned;
-
-  // Whether every p of a row is needed; a renormalised gate needs those of the chosen experts
-  // alone.
-  __device__ bool is_dense() const {
-    return grad_lse != nullptr || grad_prob_sum != nullptr ||
-           (grad_weights != nullptr && !this->norm_topk_prob);
-  }
-};
-
-// A NaN is an absent expert, as -inf is; +inf becomes 1e18, whose square is finite.
-template <typename compute_t>
-__device__ compute_t clean(compute_t x) {
-  if (x != x) return -INFINITY;
-  return x == INFINITY ? compute_t(1e18) : x;
-}
-
-// What to subtract from logits of maximum `peak` before exp: absent ones (-inf) give 0 even if
-// there is no other.
-template <typename compute_t>
-__device__ compute_t finite_shift(compute_t peak) {
-  return peak > -INFINITY ? peak : compute_t(0);
-}
-
-template <typename compute_t>
-__device__ compute_t reciprocal_or_zero(compute_t x) {
-  return x > 0 ? 1 / x : compute_t(0);
-}
-
 // After the last row: the last block to arrive writes what belongs to no single token.
 template <typename scalar_t>
 __device__ void write_totals(const Forward<scalar_t>& f) {
@@ -147,49 +74,17 @@ __device__ void write_totals(const Forward<scalar_t>& f) {
 
 // ---- up to 512 experts: a team of lanes per row ------------------------------------------------
 
-// A team of kLanes lanes; each has kItems neighbouring experts.
-template <int kLanes_, int kItems_>
-struct Team {
-  static constexpr int kLanes = kLanes_, kItems = kItems_, kExperts = kLanes * kItems;
-  static constexpr int kTeams = kThreads / kLanes;  // per block
-  static __device__ int number() { return threadIdx.x / kLanes; }
-  static __device__ int lane() { return threadIdx.x % kLanes; }
-  static __device__ int first_expert() { return lane() * kItems; }
-};
-
 struct Chosen {
   float logit;
   int expert;
 };
 
-template <int kItems, typename scalar_t>
-__device__ void load_logits(const Rows<scalar_t>& r, int64_t token, int first_expert,
-                            float (&x)[kItems]) {
-  using Piece = Vector<scalar_t>;
-  constexpr int kSize = 16 / sizeof(scalar_t);
-  const scalar_t* from = r.row(token) + first_expert;
-  const int count = r.experts - first_expert;
-#pragma unroll
-  for (int i = 0; i < kItems; i += kSize) {
-    Piece piece;
-    if (r.aligned && i + kSize <= count) {
-      piece = *reinterpret_cast<const Piece*>(from + i);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j)
-        piece.values[j] = i + j < count ? from[i + j] : scalar_t(-INFINITY);
-    }
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) x[i + j] = piece.values[j];
-  }
-}
-
 // K rounds: the greatest key of the team, at its lowest expert, is written to `chosen` and becomes
 // absent. Without a bias the key is the logit; with one it is (score, logit). Bit i of the result:
 // this lane's item i was chosen.
 template <typename Team, bool kBiased, int kItems = Team::kItems>
-__device__ unsigned select(int top_k, float (&logit)[kItems], float (&score)[kItems],
-                           Chosen* chosen) {
+__device__ unsigned select_experts(int top_k, float (&logit)[kItems], float (&score)[kItems],
+                                   Chosen* chosen) {
   const int lane = threadIdx.x % kWarpSize;
   const unsigned team_mask = (kFullMask >> (kWarpSize - Team::kLanes)) << (lane - Team::lane());
   unsigned mine = 0;
@@ -226,10 +121,70 @@ __device__ unsigned select(int top_k, float (&logit)[kItems], float (&score)[kIt
   return mine;
 }
 
+// The weights of the chosen experts of a row whose softmax is exp(x - peak) * inverse_sum.
+// A lane seldom has more than one of them, so unrolling would only lengthen the code.
+template <typename Team, typename scalar_t>
+__device__ void write_chosen(const Forward<scalar_t>& f, int64_t token, const Chosen* chosen,
+                             float peak, float inverse_sum, unsigned* counts) {
+  if (f.norm_topk_prob) {  // softmax of the chosen logits alone, which never underflows as a whole
+    peak = -INFINITY;
+#pragma unroll 1
+    for (int k = Team::lane(); k < f.top_k; k += Team::kLanes) peak = fmaxf(peak, chosen[k].logit);
+    peak = finite_shift(team_reduce<Team::kLanes>(peak, Max{}));
+    float sum = 0;
+#pragma unroll 1
+    for (int k = Team::lane(); k < f.top_k; k += Team::kLanes) {
+      sum += std::exp(chosen[k].logit - peak);
+    }
+    inverse_sum = reciprocal_or_zero(team_reduce<Team::kLanes>(sum, Sum{}));
+  }
+  if (token >= f.tokens) return;
+  const float scale = f.scaling_factor * inverse_sum;
+#pragma unroll 1
+  for (int k = Team::lane(); k < f.top_k; k += Team::kLanes) {
+    const Chosen c = chosen[k];
+    f.topk_weights[token * f.top_k + k] = std::exp(c.logit - peak) * scale;
+    f.topk_indices[token * f.top_k + k] = c.expert;
+    if (c.expert >= 0) atomicAdd(&counts[c.expert], 1u);
+  }
+}
+
+// One row of sums per warp into `warp_sums` [kWarps, width] in shared memory, then one per block.
+template <typename Team, typename scalar_t, int kItems = Team::kItems>
+__device__ void write_block_sums(const Forward<scalar_t>& f, const float (&prob_sum)[kItems],
+                                 const float (&load)[kItems], const float (&tail)[kTailSize],
+                                 float* warp_sums) {
+  const int width = f.sums_width();
+  const int lane = threadIdx.x % kWarpSize;
+  float* own = warp_sums + threadIdx.x / kWarpSize * width;
+#pragma unroll
+  for (int i = 0; i < kTailSize; ++i) {
+    const float sum = team_reduce<kWarpSize>(tail[i], Sum{});
+    if (lane == 0) own[i] = sum;
+  }
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int e = Team::first_expert() + i;
+    const bool writes = lane < Team::kLanes && e < f.experts;
+    const float prob = sum_over_teams<Team::kLanes>(prob_sum[i]);
+    if (writes) own[kTailSize + e] = prob;
+    if (f.token_weights != nullptr) {
+      const float weight = sum_over_teams<Team::kLanes>(load[i]);
+      if (writes) own[kTailSize + f.experts + e] = weight;
+    }
+  }
+  __syncthreads();
+  for (int column = threadIdx.x; column < width; column += kThreads) {
+    float sum = 0;
+    for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[warp * width + column];
+    f.block_sums[int64_t{blockIdx.x} * width + column] = sum;
+  }
+}
+
 // kStats: lse and sums. kGeneral: an expert bias and float token weights are allowed for (and stats
 // may be absent).
 template <typename scalar_t, typename Team, bool kStats, bool kGeneral>
-__global__ void __launch_bounds__(kThreads) team_forward_kernel(const Forward<scalar_t> f) {
+__global__ void __launch_bounds__(kThreads) topk_gating_team_kernel(const Forward<scalar_t> f) {
   constexpr int kLanes = Team::kLanes, kItems = Team::kItems;
   auto* counts = reinterpret_cast<unsigned*>(shared_memory);  // [kExperts]
   auto* after_counts = counts + Team::kExperts;
@@ -307,9 +262,9 @@ __global__ void __launch_bounds__(kThreads) team_forward_kernel(const Forward<sc
         score[i] = present ? std::fma(score[i], inverse_sum, f.expert_bias[e]) : -INFINITY;
         if (score[i] != score[i]) score[i] = -INFINITY;
       }
-      mine = select<Team, true>(f.top_k, x, score, chosen);
+      mine = select_experts<Team, true>(f.top_k, x, score, chosen);
     } else {
-      mine = select<Team, false>(f.top_k, x, score, chosen);
+      mine = select_experts<Team, false>(f.top_k, x, score, chosen);
     }
     if constexpr (kGeneral) {
 #pragma unroll
@@ -317,25 +272,7 @@ __global__ void __launch_bounds__(kThreads) team_forward_kernel(const Forward<sc
     }
     __syncwarp();
 
-    float offset = peak, scale = inverse_sum * f.scaling_factor;
-    if (f.norm_topk_prob) {
-      float sum = 0;
-      offset = -INFINITY;
-      for (int k = Team::lane(); k < f.top_k; k += kLanes) offset = fmaxf(offset, chosen[k].logit);
-      offset = finite_shift(team_reduce<kLanes>(offset, Max{}));
-      for (int k = Team::lane(); k < f.top_k; k += kLanes)
-        sum += std::exp(chosen[k].logit - offset);
-      sum = team_reduce<kLanes>(sum, Sum{});
-      scale = reciprocal_or_zero(sum) * f.scaling_factor;
-    }
-    if (exists) {
-      for (int k = Team::lane(); k < f.top_k; k += kLanes) {
-        const Chosen c = chosen[k];
-        f.topk_weights[token * f.top_k + k] = std::exp(c.logit - offset) * scale;
-        f.topk_indices[token * f.top_k + k] = c.expert;
-        if (c.expert >= 0) atomicAdd(&counts[c.expert], 1u);
-      }
-    }
+    write_chosen<Team>(f, token, chosen, peak, inverse_sum, counts);
     __syncwarp();  // `chosen` may be written again
   }
 
@@ -348,185 +285,9 @@ __global__ void __launch_bounds__(kThreads) team_forward_kernel(const Forward<sc
     }
   }
   if (kStats && f.sums_tail != nullptr) {
-    // One row of sums per warp in shared memory, then one per block.
-    const int width = f.sums_width();
-    const int lane = threadIdx.x % kWarpSize;
-    auto* warp_sums = reinterpret_cast<float*>(after_counts);  // [kWarps, width]
-    auto* own = warp_sums + threadIdx.x / kWarpSize * width;
-#pragma unroll
-    for (int i = 0; i < kTailSize; ++i) {
-      tail[i] = team_reduce<kWarpSize>(tail[i], Sum{});
-      if (lane == 0) own[i] = tail[i];
-    }
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int e = Team::first_expert() + i;
-      const bool writes = lane < kLanes && e < f.experts;
-      prob_sum[i] = sum_over_teams<kLanes>(prob_sum[i]);
-      if (writes) own[kTailSize + e] = prob_sum[i];
-      if constexpr (kGeneral) {
-        load[i] = sum_over_teams<kLanes>(load[i]);
-        if (writes && f.token_weights != nullptr) own[kTailSize + f.experts + e] = load[i];
-      }
-    }
-    __syncthreads();
-    for (int column = threadIdx.x; column < width; column += kThreads) {
-      float sum = 0;
-      for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[warp * width + column];
-      f.block_sums[int64_t{blockIdx.x} * width + column] = sum;
-    }
+    write_block_sums<Team>(f, prob_sum, load, tail, reinterpret_cast<float*>(after_counts));
   }
   write_totals(f);
-}
-
-template <typename scalar_t, typename Team>
-__global__ void __launch_bounds__(kThreads) team_backward_kernel(const Backward<scalar_t> b) {
-  constexpr int kLanes = Team::kLanes, kItems = Team::kItems;
-  using Piece = Vector<scalar_t>;
-  constexpr int kSize = 16 / sizeof(scalar_t);
-  // The gate gradient goes from the lane that has slot k to the lane that has its expert through a
-  // row per team, which is zero wherever no slot of the current token writes.
-  auto* gate_row = reinterpret_cast<float*>(shared_memory) + Team::number() * Team::kExperts;
-  auto* gate_items = reinterpret_cast<Vector<float, 4>*>(gate_row + Team::first_expert());
-#pragma unroll
-  for (int i = 0; i < kItems / 4; ++i) gate_items[i] = {};
-  __syncwarp();
-
-  const bool dense = b.is_dense();
-  float grad_prob[kItems] = {}, grad_lse_squared = 0, grad_entropy = 0;
-  if (b.grad_prob_sum != nullptr) {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int e = Team::first_expert() + i;
-      if (e < b.experts) grad_prob[i] = b.grad_prob_sum[e];
-    }
-    grad_lse_squared = b.grad_sums_tail[kLseSquared];
-    grad_entropy = b.grad_sums_tail[kEntropy];
-  }
-  for (int64_t first = blockIdx.x * int64_t{Team::kTeams}; first < b.tokens;
-       first += gridDim.x * int64_t{Team::kTeams}) {
-    const int64_t token = first + Team::number();
-    const bool exists = token < b.tokens;
-    bool invalid = false;
-    const float token_weight = exists ? b.weight(token, &invalid) : 0.f;
-    const bool active = token_weight > 0;
-    float x[kItems];
-    if (dense && active) {
-      load_logits(b, token, Team::first_expert(), x);
-    } else {
-#pragma unroll
-      for (float& value : x) value = -INFINITY;
-    }
-#pragma unroll
-    for (float& value : x) value = clean(value);
-
-    float lse = 0;
-    if (dense && b.lse != nullptr) {
-      lse = active ? b.lse[token] : 0.f;
-    } else if (dense) {
-      float peak = -INFINITY, sum = 0;
-#pragma unroll
-      for (const float value : x) peak = fmaxf(peak, value);
-      peak = finite_shift(team_reduce<kLanes>(peak, Max{}));
-#pragma unroll
-      for (const float value : x) sum += std::exp(value - peak);
-      sum = team_reduce<kLanes>(sum, Sum{});
-      lse = sum > 0 ? peak + std::log(sum) : 0.f;
-    }
-
-    float gate[kItems] = {};
-    if (b.grad_weights != nullptr) {
-      const int64_t* experts = b.topk_indices + token * b.top_k;
-      const float* grad = b.grad_weights + token * b.top_k;
-      const int top_k = active ? b.top_k : 0;
-      const auto is_chosen = [&](int k) { return experts[k] >= 0 && experts[k] < b.experts; };
-      if (b.norm_topk_prob) {
-        // The weights are c r with r the softmax of the chosen logits; dx = c r (g - sum g r).
-        const auto logit = [&](int k) {
-          return is_chosen(k) ? clean(static_cast<float>(b.row(token)[experts[k]])) : -INFINITY;
-        };
-        float peak = -INFINITY, sum = 0, dot = 0;
-        for (int k = Team::lane(); k < top_k; k += kLanes) peak = fmaxf(peak, logit(k));
-        peak = finite_shift(team_reduce<kLanes>(peak, Max{}));
-        for (int k = Team::lane(); k < top_k; k += kLanes) {
-          const float numerator = std::exp(logit(k) - peak);
-          sum += numerator;
-          dot += numerator * grad[k];
-        }
-        sum = team_reduce<kLanes>(sum, Sum{});
-        dot = team_reduce<kLanes>(dot, Sum{});
-        const float inverse_sum = reciprocal_or_zero(sum);
-        for (int k = Team::lane(); k < top_k; k += kLanes) {
-          const float r = std::exp(logit(k) - peak) * inverse_sum;
-          if (is_chosen(k))
-            gate_row[experts[k]] = b.scaling_factor * r * (grad[k] - dot * inverse_sum);
-        }
-      } else {
-        // The weights are c p: a gradient of c g for p.
-        for (int k = Team::lane(); k < top_k; k += kLanes) {
-          if (is_chosen(k)) gate_row[experts[k]] = b.scaling_factor * grad[k];
-        }
-      }
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < kItems / 4; ++i) {
-        const auto items = gate_items[i];
-        gate_items[i] = {};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) gate[i * 4 + j] = items.values[j];
-      }
-      __syncwarp();
-    }
-
-    if (dense) {
-      // dx = p (a - sum a p) + ... with a the gradient for p, of the sums and (without
-      // renormalisation) of the gate.
-      // A large lse was rounded: the exponentials of x - lse are divided by their sum, which is 1
-      // but for that.
-      float p[kItems], sum = 0, dot = 0, descent = 0;
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        p[i] = std::exp(x[i] - lse);
-        sum += p[i];
-        dot += p[i] * (token_weight * grad_prob[i] + (b.norm_topk_prob ? 0.f : gate[i]));
-        if (p[i] > 0) descent += p[i] * (lse - x[i]);
-      }
-      sum = team_reduce<kLanes>(sum, Sum{});
-      const float inverse_sum = reciprocal_or_zero(sum);
-      const float log_sum = sum > 0 ? std::log(sum) : 0.f;
-      dot = team_reduce<kLanes>(dot, Sum{}) * inverse_sum;
-      const float entropy = team_reduce<kLanes>(descent, Sum{}) * inverse_sum + log_sum;
-      const float grad_lse = b.grad_lse != nullptr && active ? b.grad_lse[token] : 0.f;
-      const float common =
-          grad_lse - dot + token_weight * (2 * grad_lse_squared * lse - grad_entropy * entropy);
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const float log_p = x[i] - lse - log_sum;
-        const float for_p = token_weight * (grad_prob[i] - grad_entropy * log_p) + common;
-        const float dx =
-            p[i] > 0 ? p[i] * inverse_sum * (for_p + (b.norm_topk_prob ? 0.f : gate[i])) : 0.f;
-        gate[i] = b.norm_topk_prob ? gate[i] + dx : dx;
-      }
-    }
-
-    if (!exists) continue;
-    scalar_t* to = b.grad_logits + token * b.grad_stride + Team::first_expert();
-    const int count = b.experts - Team::first_expert();
-#pragma unroll
-    for (int i = 0; i < kItems; i += kSize) {
-      Piece piece;
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) piece.values[j] = static_cast<scalar_t>(gate[i + j]);
-      if (b.grad_aligned && i + kSize <= count) {
-        *reinterpret_cast<Piece*>(to + i) = piece;
-      } else {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          if (i + j < count) to[i + j] = piece.values[j];
-        }
-      }
-    }
-  }
 }
 
 // ---- more experts, or float64: a block per row -------------------------------------------------
@@ -554,7 +315,7 @@ struct First {
 };
 
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads) block_forward_kernel(const Forward<scalar_t> f) {
+__global__ void __launch_bounds__(kThreads) topk_gating_block_kernel(const Forward<scalar_t> f) {
   using compute_t = compute_type<scalar_t>;
   const int64_t width = f.sums_width();
   compute_t* block_sums = f.block_sums + blockIdx.x * width;  // unused without stats
@@ -674,154 +435,7 @@ __global__ void __launch_bounds__(kThreads) block_forward_kernel(const Forward<s
   write_totals(f);
 }
 
-template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads) block_backward_kernel(const Backward<scalar_t> b) {
-  using compute_t = compute_type<scalar_t>;
-  const bool dense = b.is_dense();
-  const bool has_grad_sums = b.grad_prob_sum != nullptr;
-  const compute_t grad_lse_squared = has_grad_sums ? b.grad_sums_tail[kLseSquared] : 0;
-  const compute_t grad_entropy = has_grad_sums ? b.grad_sums_tail[kEntropy] : 0;
-  for (int64_t token = blockIdx.x; token < b.tokens; token += gridDim.x) {
-    const scalar_t* row = b.row(token);
-    scalar_t* to = b.grad_logits + token * b.grad_stride;
-    const int64_t* experts = b.topk_indices + token * b.top_k;
-    const compute_t* grad = b.grad_weights == nullptr ? nullptr : b.grad_weights + token * b.top_k;
-    const int top_k = grad == nullptr ? 0 : b.top_k;
-    const auto is_chosen = [&](int k) { return experts[k] >= 0 && experts[k] < b.experts; };
-    const auto logit = [&](int64_t e) { return clean(static_cast<compute_t>(row[e])); };
-
-    bool invalid = false;
-    const compute_t token_weight = b.weight(token, &invalid);
-    if (token_weight <= 0) {
-      for (int e = threadIdx.x; e < b.experts; e += blockDim.x) to[e] = scalar_t(0);
-      continue;
-    }
-
-    compute_t lse = 0;
-    if (dense && b.lse != nullptr) {
-      lse = b.lse[token];
-    } else if (dense) {
-      compute_t peak = -INFINITY, sum = 0;
-      for (int e = threadIdx.x; e < b.experts; e += blockDim.x) peak = Max{}(peak, logit(e));
-      peak = finite_shift(block_reduce(peak, Max{}));
-      for (int e = threadIdx.x; e < b.experts; e += blockDim.x) sum += std::exp(logit(e) - peak);
-      sum = block_reduce(sum, Sum{});
-      lse = sum > 0 ? peak + std::log(sum) : compute_t(0);
-    }
-
-    // p is exp(x - lse) divided by its sum, as in team_backward_kernel.
-    compute_t sum = 0, dot = 0, descent = 0;
-    if (dense) {
-      for (int e = threadIdx.x; e < b.experts; e += blockDim.x) {
-        const compute_t x = logit(e), numerator = std::exp(x - lse);
-        sum += numerator;
-        if (has_grad_sums) dot += numerator * token_weight * b.grad_prob_sum[e];
-        if (numerator > 0) descent += numerator * (lse - x);
-      }
-    }
-    compute_t chosen_peak = -INFINITY, chosen_sum = 0, chosen_dot = 0;
-    if (b.norm_topk_prob) {
-      for (int k = threadIdx.x; k < top_k; k += blockDim.x) {
-        if (is_chosen(k)) chosen_peak = Max{}(chosen_peak, logit(experts[k]));
-      }
-      chosen_peak = finite_shift(block_reduce(chosen_peak, Max{}));
-      for (int k = threadIdx.x; k < top_k; k += blockDim.x) {
-        if (!is_chosen(k)) continue;
-        const compute_t numerator = std::exp(logit(experts[k]) - chosen_peak);
-        chosen_sum += numerator;
-        chosen_dot += numerator * grad[k];
-      }
-      chosen_sum = block_reduce(chosen_sum, Sum{});
-      chosen_dot = block_reduce(chosen_dot, Sum{}) * reciprocal_or_zero(chosen_sum);
-    } else {
-      for (int k = threadIdx.x; k < top_k; k += blockDim.x) {
-        if (is_chosen(k)) dot += b.scaling_factor * grad[k] * std::exp(logit(experts[k]) - lse);
-      }
-    }
-    sum = block_reduce(sum, Sum{});
-    const compute_t inverse_sum = reciprocal_or_zero(sum);
-    const compute_t log_sum = sum > 0 ? std::log(sum) : compute_t(0);
-    dot = block_reduce(dot, Sum{}) * inverse_sum;
-    const compute_t entropy = block_reduce(descent, Sum{}) * inverse_sum + log_sum;
-    const compute_t grad_lse = b.grad_lse == nullptr ? compute_t(0) : b.grad_lse[token];
-    const compute_t common =
-        grad_lse - dot + token_weight * (2 * grad_lse_squared * lse - grad_entropy * entropy);
-    // What an expert gets whether it was chosen or not.
-    const auto dense_gradient = [&](int64_t e) {
-      if (!dense) return compute_t(0);
-      const compute_t log_p = logit(e) - lse - log_sum, p = std::exp(logit(e) - lse) * inverse_sum;
-      const compute_t a = has_grad_sums ? b.grad_prob_sum[e] : 0;
-      return p > 0 ? p * (common + token_weight * (a - grad_entropy * log_p)) : compute_t(0);
-    };
-
-    for (int e = threadIdx.x; e < b.experts; e += blockDim.x) {
-      to[e] = static_cast<scalar_t>(dense_gradient(e));
-    }
-    __syncthreads();  // the chosen ones are written again
-    for (int k = threadIdx.x; k < top_k; k += blockDim.x) {
-      if (!is_chosen(k)) continue;
-      const compute_t x = logit(experts[k]);
-      const compute_t gate =
-          b.norm_topk_prob
-              ? std::exp(x - chosen_peak) * reciprocal_or_zero(chosen_sum) * (grad[k] - chosen_dot)
-              : std::exp(x - lse) * inverse_sum * grad[k];
-      to[experts[k]] = static_cast<scalar_t>(dense_gradient(experts[k]) + b.scaling_factor * gate);
-    }
-  }
-}
-
 // ---- host --------------------------------------------------------------------------------------
-
-template <typename T>
-const T* pointer_or_null(const std::optional<at::Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
-}
-
-template <typename scalar_t, typename Arguments>
-Rows<scalar_t> make_rows(const Arguments& arguments, int64_t top_k) {
-  using compute_t = compute_type<scalar_t>;
-  const auto& mask = arguments.token_mask;
-  const bool is_bool = mask.has_value() && mask->scalar_type() == at::kBool;
-  Rows<scalar_t> rows;
-  rows.logits = arguments.logits.template const_data_ptr<scalar_t>();
-  rows.row_stride = arguments.logits.stride(0);
-  rows.aligned = has_aligned_rows(arguments.logits);
-  rows.token_mask = is_bool ? mask->template const_data_ptr<bool>() : nullptr;
-  rows.token_weights = is_bool ? nullptr : pointer_or_null<compute_t>(mask);
-  rows.tokens = arguments.logits.size(0);
-  rows.experts = static_cast<int>(arguments.logits.size(1));
-  rows.top_k = static_cast<int>(top_k);
-  rows.norm_topk_prob = arguments.norm_topk_prob;
-  rows.scaling_factor = static_cast<compute_t>(arguments.scaling_factor);
-  return rows;
-}
-
-// float64 is there for gradient checks and does not get kernels of its own for few experts.
-template <typename scalar_t>
-bool fits_team(const Rows<scalar_t>& rows) {
-  return !std::is_same_v<scalar_t, double> && rows.experts <= kMaxTeamExperts;
-}
-
-template <typename Function>
-void with_team(int experts, const Function& function) {
-  if (experts <= 8) {
-    function(Team<1, 8>{});
-  } else if (experts <= 32) {
-    function(Team<4, 8>{});
-  } else if (experts <= 64) {
-    function(Team<8, 8>{});
-  } else if (experts <= 128) {
-    function(Team<16, 8>{});
-  } else if (experts <= 256) {
-    function(Team<32, 8>{});
-  } else {
-    function(Team<32, 16>{});
-  }
-}
-
-int block_threads(int experts) {
-  return std::clamp(experts / kWarpSize / 4 * kWarpSize, kWarpSize, kThreads);
-}
 
 template <typename scalar_t>
 void forward(const TopKGatingArguments& arguments, const TopKGatingOutputs& outputs) {
@@ -870,49 +484,16 @@ void forward(const TopKGatingArguments& arguments, const TopKGatingOutputs& outp
         const int64_t shared_bytes =
             Team::kExperts * sizeof(unsigned) + std::max(chosen_bytes, warp_sums_bytes);
         const bool general = f.expert_bias != nullptr || f.token_weights != nullptr;
-        const auto kernel = general           ? team_forward_kernel<scalar_t, Team, true, true>
-                            : arguments.stats ? team_forward_kernel<scalar_t, Team, true, false>
-                                              : team_forward_kernel<scalar_t, Team, false, false>;
+        const auto kernel = general ? topk_gating_team_kernel<scalar_t, Team, true, true>
+                            : arguments.stats
+                                ? topk_gating_team_kernel<scalar_t, Team, true, false>
+                                : topk_gating_team_kernel<scalar_t, Team, false, false>;
         launch(kernel, blocks, kThreads, shared_bytes, stream, f);
       });
       return;
     }
   }
-  launch(block_forward_kernel<scalar_t>, blocks, block_threads(f.experts), 0, stream, f);
-}
-
-template <typename scalar_t>
-void backward(const TopKGatingBackwardArguments& arguments, const at::Tensor& grad_logits) {
-  using compute_t = compute_type<scalar_t>;
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  Backward<scalar_t> b{make_rows<scalar_t>(arguments, arguments.topk_indices.size(1))};
-  b.topk_indices = arguments.topk_indices.const_data_ptr<int64_t>();
-  b.lse = pointer_or_null<compute_t>(arguments.lse);
-  b.grad_weights = pointer_or_null<compute_t>(arguments.grad_weights);
-  b.grad_lse = pointer_or_null<compute_t>(arguments.grad_lse);
-  if (arguments.grad_sums.has_value()) {
-    const auto* sums = arguments.grad_sums->const_data_ptr<compute_t>();
-    b.grad_prob_sum = sums + RoutingSums::prob;
-    b.grad_sums_tail = sums + RoutingSums::weight(b.experts);
-  }
-  b.grad_logits = grad_logits.mutable_data_ptr<scalar_t>();
-  b.grad_stride = grad_logits.stride(0);
-  b.grad_aligned = has_aligned_rows(grad_logits);
-
-  constexpr int64_t kMaxBackwardBlocks = 2048;
-  if constexpr (!std::is_same_v<scalar_t, double>) {
-    if (fits_team(b)) {
-      with_team(b.experts, [&](auto team) {
-        using Team = decltype(team);
-        const int64_t blocks = std::min(ceil_div(b.tokens, Team::kTeams), kMaxBackwardBlocks);
-        const int64_t gate_bytes = Team::kTeams * Team::kExperts * sizeof(float);
-        launch(team_backward_kernel<scalar_t, Team>, blocks, kThreads, gate_bytes, stream, b);
-      });
-      return;
-    }
-  }
-  const int64_t blocks = std::min(b.tokens, kMaxBackwardBlocks);
-  launch(block_backward_kernel<scalar_t>, blocks, block_threads(b.experts), 0, stream, b);
+  launch(topk_gating_block_kernel<scalar_t>, blocks, block_threads(f.experts), 0, stream, f);
 }
 
 }  // namespace
@@ -929,15 +510,6 @@ void topk_gating_cuda(const TopKGatingArguments& arguments, const TopKGatingOutp
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, arguments.logits.scalar_type(),
                                   "topk_gating_cuda",
                                   [&] { forward<scalar_t>(arguments, outputs); });
-}
-
-void topk_gating_backward_cuda(const TopKGatingBackwardArguments& arguments,
-                               const at::Tensor& grad_logits) {
-  if (grad_logits.numel() == 0) return;
-  const c10::cuda::CUDAGuard guard(grad_logits.device());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad_logits.scalar_type(),
-                                  "topk_gating_backward_cuda",
-                                  [&] { backward<scalar_t>(arguments, grad_logits); });
 }
 
 }  // namespace equipoise

@@ -2,7 +2,8 @@
 // Calls the copy of a CPU kernel that was compiled for this machine's instruction set.
 //
 // Every csrc/cpu/*.cpp is compiled once per set into namespace equipoise::cpu::<set>, with
-// -DCPU_CAPABILITY=<set>. torch decides which set is used (ATEN_CPU_CAPABILITY=default|avx2 lowers it).
+// -DCPU_CAPABILITY=<set>. torch decides which set is used (ATEN_CPU_CAPABILITY=default|avx2 lowers
+// it).
 #pragma once
 
 #include <ATen/Version.h>
@@ -37,16 +38,16 @@ inline InstructionSet instruction_set() {
   namespace equipoise::cpu::AVX512 {      \
   __VA_ARGS__;                            \
   }
-#define EQUIPOISE_CALL_CPU_KERNEL(kernel, ...)                    \
-  switch (equipoise::cpu::instruction_set()) {                    \
-    case equipoise::cpu::InstructionSet::kAvx512:                 \
-      equipoise::cpu::AVX512::kernel(__VA_ARGS__);                \
-      break;                                                      \
-    case equipoise::cpu::InstructionSet::kAvx2:                   \
-      equipoise::cpu::AVX2::kernel(__VA_ARGS__);                  \
-      break;                                                      \
-    default:                                                      \
-      equipoise::cpu::DEFAULT::kernel(__VA_ARGS__);               \
+#define EQUIPOISE_CALL_CPU_KERNEL(kernel, ...)      \
+  switch (equipoise::cpu::instruction_set()) {      \
+    case equipoise::cpu::InstructionSet::kAvx512:   \
+      equipoise::cpu::AVX512::kernel(__VA_ARGS__);  \
+      break;                                        \
+    case equipoise::cpu::InstructionSet::kAvx2:     \
+      equipoise::cpu::AVX2::kernel(__VA_ARGS__);    \
+      break;                                        \
+    default:                                        \
+      equipoise::cpu::DEFAULT::kernel(__VA_ARGS__); \
   }
 #else
 #define EQUIPOISE_DECLARE_CPU_KERNEL(...) \

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// scatter: out[map[t, k]] = w tokens[t];  gather: out[t] = sum_k w rows[map[t, k]];  dot: <tokens[t], rows[map[t, k]]>.
-// One token after the other. Sums run in slot order, in float32 (float64 for float64), and are rounded once; a row is
-// taken in pieces that stay in registers, so each is read once.
+// scatter: out[map[t, k]] = w tokens[t];  gather: out[t] = sum_k w rows[map[t, k]];  dot:
+// <tokens[t], rows[map[t, k]]>. One token after the other. Sums run in slot order, in float32
+// (float64 for float64), and are rounded once; a row is taken in pieces that stay in registers, so
+// each is read once.
 #include "moe_rows.h"
 
 #include <ATen/cpu/vec/functional.h>
@@ -18,7 +19,8 @@ using at::vec::Vectorized;
 template <typename scalar_t>
 using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
-/// As many elements as one vector of scalar_t holds, widened: one or two vectors of the compute type.
+/// As many elements as one vector of scalar_t holds, widened: one or two vectors of the compute
+/// type.
 template <typename scalar_t>
 struct Piece {
   using T = compute_t<scalar_t>;
@@ -33,7 +35,8 @@ struct Piece {
     return piece;
   }
   static Piece load(const scalar_t* from, int64_t count) {
-    const auto in = count >= kSize ? Vectorized<scalar_t>::loadu(from) : Vectorized<scalar_t>::loadu(from, count);
+    const auto in = count >= kSize ? Vectorized<scalar_t>::loadu(from)
+                                   : Vectorized<scalar_t>::loadu(from, count);
     Piece piece;
     if constexpr (kParts == 1) {
       piece.part[0] = in;
@@ -85,7 +88,8 @@ template <typename scalar_t, typename weight_t>
 void gather_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end) {
   using P = Piece<scalar_t>;
   using T = compute_t<scalar_t>;
-  constexpr int64_t kUnroll = 4;  // so many pieces of the token's sum are kept in registers while k runs
+  constexpr int64_t kUnroll =
+      4;  // so many pieces of the token's sum are kept in registers while k runs
   for (int64_t t = begin; t < end; ++t) {
     const int64_t* map = m.map + t * m.top_k;
     scalar_t* out = m.out + t * m.width;
@@ -95,12 +99,14 @@ void gather_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t en
       for (int64_t k = 0; k < m.top_k; ++k) {
         if (map[k] < 0) continue;
         const scalar_t* row = m.rows + map[k] * m.width;
-        const typename P::Vec weight(m.weights != nullptr ? static_cast<T>(m.weights[t * m.top_k + k]) : T(1));
+        const typename P::Vec weight(
+            m.weights != nullptr ? static_cast<T>(m.weights[t * m.top_k + k]) : T(1));
         for (int64_t u = 0; u < kUnroll; ++u) {
           const int64_t at = h + u * P::kSize;
           if (at >= m.width) break;
           const auto piece = P::load(row + at, m.width - at);
-          for (int64_t i = 0; i < P::kParts; ++i) sum[u].part[i] = at::vec::fmadd(weight, piece.part[i], sum[u].part[i]);
+          for (int64_t i = 0; i < P::kParts; ++i)
+            sum[u].part[i] = at::vec::fmadd(weight, piece.part[i], sum[u].part[i]);
         }
       }
       for (int64_t u = 0; u < kUnroll; ++u) {
@@ -125,7 +131,8 @@ void dot_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end) 
         for (int64_t h = 0; h < m.width; h += P::kSize) {
           const auto a = P::load(token + h, m.width - h);
           const auto b = P::load(m.rows + row * m.width + h, m.width - h);
-          for (int64_t i = 0; i < P::kParts; ++i) sum.part[i] = at::vec::fmadd(a.part[i], b.part[i], sum.part[i]);
+          for (int64_t i = 0; i < P::kParts; ++i)
+            sum.part[i] = at::vec::fmadd(a.part[i], b.part[i], sum.part[i]);
         }
         for (const auto& part : sum.part) {
           dot += at::vec::vec_reduce_all<T>([](auto& x, auto& y) { return x + y; }, part);
@@ -136,9 +143,11 @@ void dot_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end) 
   }
 }
 
-#define INSTANTIATE(scalar_t, weight_t)                                                        \
-  template void scatter_rows<scalar_t, weight_t>(const MoeRows<scalar_t, weight_t>&, int64_t, int64_t); \
-  template void gather_rows<scalar_t, weight_t>(const MoeRows<scalar_t, weight_t>&, int64_t, int64_t);  \
+#define INSTANTIATE(scalar_t, weight_t)                                                       \
+  template void scatter_rows<scalar_t, weight_t>(const MoeRows<scalar_t, weight_t>&, int64_t, \
+                                                 int64_t);                                    \
+  template void gather_rows<scalar_t, weight_t>(const MoeRows<scalar_t, weight_t>&, int64_t,  \
+                                                int64_t);                                     \
   template void dot_rows<scalar_t, weight_t>(const MoeRows<scalar_t, weight_t>&, int64_t, int64_t);
 INSTANTIATE(double, double)
 INSTANTIATE(float, float)

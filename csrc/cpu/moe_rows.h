@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU kernels that move rows for moe_permute, moe_unpermute and their gradients, over raw pointers;
+// The CPU kernels that move rows for moe_permute, moe_unpermute and their gradients, over raw
+// pointers;
 // ../ops/moe_rows.cpp splits the tokens among threads.
 #pragma once
 
@@ -7,10 +8,11 @@
 
 namespace equipoise::cpu {
 
-/// T tokens of K slots; `map[t, k]` is the row of slot (t, k), or -1. `weight_t` is the type of the weights.
+/// T tokens of K slots; `map[t, k]` is the row of slot (t, k), or -1. `weight_t` is the type of the
+/// weights.
 template <typename scalar_t, typename weight_t>
 struct MoeRows {
-  const scalar_t* tokens;   // [T, H] read by scatter and dot
+  const scalar_t* tokens;  // [T, H] read by scatter and dot
   int64_t token_stride;
   const scalar_t* rows;     // [N, H] read by gather and dot
   const int64_t* map;       // [T, K]

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // topk_gating on the CPU: one token at a time, its row of logits read once into L1.
 //
-// Selection looks at few experts: the maxima of 16 interleaved groups of the row bound the K-th largest key
-// from below (the K-th largest of the maxima), about K experts pass that bound, and those are ranked by
-// counting, without branches. Large K, or rows with many ties, go through a heap instead. Then comes one
-// vector sweep for exp and one for the statistics.
+// Selection looks at few experts and takes no branch that depends on the data: the maxima of 16
+// interleaved groups of the row bound the K-th largest key from below (the K-th largest of the
+// maxima), about 1.4 K experts pass that bound and are packed together, and up to 16 of them are
+// put in order by counting how many come before each. Large K, a bias, or rows with many ties go
+// through a heap instead. Then comes one vector sweep for exp and one for the statistics.
 #include "topk_gating.h"
 
 #include <ATen/cpu/vec/functional.h>
@@ -19,8 +20,7 @@ namespace {
 
 using at::vec::Vectorized;
 
-constexpr int64_t kGroups = 16;     // interleaved groups of a row: expert e belongs to group e % 16
-constexpr int64_t kMaxRanked = 32;  // at most so many candidates are ranked by counting
+constexpr int64_t kGroups = 16;  // interleaved groups of a row: expert e belongs to group e % 16
 constexpr double kInfinityCounts = 1e18;
 
 template <typename T>
@@ -48,36 +48,61 @@ bool any_lane(Vectorized<T> mask) {
   return mask.zero_mask() != (1 << Vectorized<T>::size()) - 1;
 }
 
-/// Widens one row into x[0, padded), sanitised, with -inf behind its end. Returns whether it held a NaN.
+/// Widens one row into x[0, padded), sanitised, with -inf behind its end, and takes the maxima of
+/// its 16 groups. Returns whether it held a NaN.
 template <typename scalar_t>
-bool load_row(const scalar_t* row, int64_t num_experts, compute_t<scalar_t>* x) {
+bool load_row(const scalar_t* row, int64_t num_experts, compute_t<scalar_t>* x,
+              compute_t<scalar_t>* maxima) {
   using T = compute_t<scalar_t>;
   using In = Vectorized<scalar_t>;
   using Vec = Vectorized<T>;
-  const Vec absent(kNegativeInfinity<T>);
-  Vec nan_seen(0);
-  const int64_t padded = padded_experts(num_experts);
-  for (int64_t e = 0; e < padded; e += In::size()) {
-    const int64_t left = num_experts - e;
-    if (left <= 0) {
-      for (int64_t i = e; i < padded; ++i) x[i] = kNegativeInfinity<T>;
-      break;
-    }
-    const In in = left >= In::size() ? In::loadu(row + e) : In::loadu(row + e, left);
-    const auto put = [&](Vec v, int64_t offset) {
-      const int64_t count = left - offset;
-      v = sanitize(v, nan_seen);
-      if (count < Vec::size()) v = Vec::set(absent, v, count > 0 ? count : 0);
-      v.store(x + e + offset);
-    };
-    if constexpr (std::is_same_v<scalar_t, T>) {
-      put(in, 0);
+  constexpr int64_t kParts = In::size() / Vec::size();  // vectors of T in one of scalar_t
+  constexpr int64_t kPerGroup = kGroups / Vec::size();  // vectors of T in 16 elements
+  constexpr int64_t kBest = kParts > kPerGroup ? kParts : kPerGroup;  // a multiple of both
+  Vec nan_seen(0), best[kBest];
+  for (auto& b : best) b = Vec(kNegativeInfinity<T>);
+  const auto put = [&](const In& in, int64_t e, int64_t turn) __attribute__((always_inline)) {
+    Vec part[kParts];
+    if constexpr (kParts == 1) {
+      part[0] = in;
     } else {
       const auto [low, high] = at::vec::convert_to_float<scalar_t>(in);
-      put(low, 0);
-      put(high, Vec::size());
+      part[0] = low;
+      part[1] = high;
     }
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kParts; ++i) {
+      part[i] = sanitize(part[i], nan_seen);
+      part[i].store(x + e + i * Vec::size());
+      auto& b = best[(turn * kParts + i) % kBest];
+      b = at::vec::clamp_min(b, part[i]);
+    }
+  };
+  constexpr int64_t kTurns = kBest / kParts;  // so many vectors of scalar_t fill `best`
+  constexpr int64_t kStep = kTurns * In::size();
+  int64_t e = 0;
+  for (; e + kStep <= num_experts; e += kStep) {
+#pragma GCC unroll 4
+    for (int64_t turn = 0; turn < kTurns; ++turn)
+      put(In::loadu(row + e + turn * In::size()), e + turn * In::size(), turn);
   }
+  if (e < num_experts) {  // the tail goes through a buffer that ends in -inf
+    scalar_t tail[kStep];
+    for (int64_t i = 0; i < kStep; ++i)
+      tail[i] = e + i < num_experts ? row[e + i] : scalar_t(kNegativeInfinity<float>);
+#pragma GCC unroll 4
+    for (int64_t turn = 0; turn < kTurns; ++turn)
+      put(In::loadu(tail + turn * In::size()), e + turn * In::size(), turn);
+    e += kStep;
+  }
+  for (const int64_t padded = padded_experts(num_experts); e < padded; e += Vec::size()) {
+    Vec(kNegativeInfinity<T>).store(x + e);
+  }
+#pragma GCC unroll 4
+  for (int64_t i = kPerGroup; i < kBest; ++i)
+    best[i % kPerGroup] = at::vec::clamp_min(best[i % kPerGroup], best[i]);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < kPerGroup; ++i) best[i].store(maxima + i * Vec::size());
   return any_lane(nan_seen);
 }
 
@@ -92,8 +117,8 @@ void store_row(const compute_t<scalar_t>* x, int64_t num_experts, scalar_t* row)
     if constexpr (std::is_same_v<scalar_t, T>) {
       out = Out::loadu(x + e);
     } else {
-      out = at::vec::convert_from_float<scalar_t>(Vectorized<T>::loadu(x + e),
-                                                  Vectorized<T>::loadu(x + e + Vectorized<T>::size()));
+      out = at::vec::convert_from_float<scalar_t>(
+          Vectorized<T>::loadu(x + e), Vectorized<T>::loadu(x + e + Vectorized<T>::size()));
     }
     out.store(row + e, left >= Out::size() ? Out::size() : left);
   }
@@ -120,21 +145,114 @@ T maximum_of_groups(const T* values) {
   T tree[kGroups];
   for (int64_t i = 0; i < kGroups; ++i) tree[i] = values[i];
   for (int64_t width = kGroups / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) tree[i] = tree[i] > tree[i + width] ? tree[i] : tree[i + width];
+    for (int64_t i = 0; i < width; ++i)
+      tree[i] = tree[i] > tree[i + width] ? tree[i] : tree[i + width];
   }
   return tree[0];
 }
 
-/// The top_k-th largest of the 16 maxima (top_k <= 16): at least top_k keys of the row reach it.
+#if defined(CPU_CAPABILITY_AVX512)
+/// For each of 16 keys, how many are larger.
+inline __m512i count_larger(const float* keys) {
+  const __m512 all = _mm512_loadu_ps(keys);
+  const __m512i one = _mm512_set1_epi32(1);
+  __m512i even = _mm512_setzero_si512(),
+          odd = even;  // two sums, so that neither waits for the other
+#pragma GCC unroll 8
+  for (int i = 0; i < kGroups; i += 2) {
+    even = _mm512_mask_add_epi32(even, _mm512_cmp_ps_mask(_mm512_set1_ps(keys[i]), all, _CMP_GT_OQ),
+                                 even, one);
+    odd = _mm512_mask_add_epi32(
+        odd, _mm512_cmp_ps_mask(_mm512_set1_ps(keys[i + 1]), all, _CMP_GT_OQ), odd, one);
+  }
+  return _mm512_add_epi32(even, odd);
+}
+#endif
+
+/// The k-th largest of 16 keys: the smallest of those with fewer than k larger ones.
 template <typename T>
-T bound_from_maxima(const T* maxima, int64_t top_k) {
+T kth_largest_of_16(const T* keys, int64_t k) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    const auto enough =
+        _mm512_cmplt_epi32_mask(count_larger(keys), _mm512_set1_epi32(static_cast<int32_t>(k)));
+    return _mm512_mask_reduce_min_ps(enough, _mm512_loadu_ps(keys));
+  }
+#endif
   int32_t larger[kGroups] = {};
   for (int64_t j = 0; j < kGroups; ++j) {
-    for (int64_t i = 0; i < kGroups; ++i) larger[i] += maxima[j] > maxima[i];
+    for (int64_t i = 0; i < kGroups; ++i) larger[i] += keys[j] > keys[i];
   }
-  T negated[kGroups];  // the smallest of those with fewer than top_k above them
-  for (int64_t i = 0; i < kGroups; ++i) negated[i] = larger[i] < top_k ? -maxima[i] : kNegativeInfinity<T>;
+  T negated[kGroups];
+  for (int64_t i = 0; i < kGroups; ++i)
+    negated[i] = larger[i] < k ? -keys[i] : kNegativeInfinity<T>;
   return -maximum_of_groups(negated);
+}
+
+/// Puts the first `count` of 16 keys in descending order, equal ones as they stand: order[r] is the
+/// position of the r-th. The rank of a key is the number of keys before it. What follows the first
+/// `count` must be smaller.
+template <typename T>
+void order_16(const T* keys, int64_t count, int32_t* order) {
+  alignas(64) int32_t rank[kGroups];
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    __m512i ranks = count_larger(keys);
+    const auto real = static_cast<__mmask16>((1u << count) - 1);
+    if (_mm512_mask_reduce_add_epi32(real, ranks) != count * (count - 1) / 2) {  // some are equal
+      const __m512 all = _mm512_loadu_ps(keys);
+      for (int i = 0; i < count; ++i) {
+        const auto behind = static_cast<__mmask16>(0xfffeu << i);
+        const auto equal =
+            _mm512_mask_cmp_ps_mask(behind, _mm512_set1_ps(keys[i]), all, _CMP_EQ_OQ);
+        ranks = _mm512_mask_add_epi32(ranks, equal, ranks, _mm512_set1_epi32(1));
+      }
+    }
+    _mm512_store_si512(rank, ranks);
+  } else
+#endif
+  {
+    for (int32_t i = 0; i < kGroups; ++i) rank[i] = 0;
+    for (int32_t i = 0; i < count; ++i) {
+      const T one = keys[i];
+      for (int32_t j = 0; j < kGroups; ++j)
+        rank[j] += (one > keys[j]) | ((one == keys[j]) & (i < j));
+    }
+  }
+  // All 16, since a loop of unknown length costs more: what is -inf ranks behind the first `count`.
+  for (int32_t i = 0; i < kGroups; ++i) order[rank[i]] = i;
+}
+
+/// Packs the experts whose key reaches `bound` into passed and passed_keys (16 elements longer than
+/// the row), by index; returns how many.
+template <typename T>
+int64_t pack_candidates(const T* keys, int64_t padded, T bound, int32_t* passed, T* passed_keys) {
+  int64_t count = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    __m512i expert = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t e = 0; e < padded; e += kGroups) {
+      const __m512 key = _mm512_loadu_ps(keys + e);
+      const __mmask16 reaches = _mm512_cmp_ps_mask(key, _mm512_set1_ps(bound), _CMP_GE_OQ);
+      _mm512_storeu_ps(passed_keys + count, _mm512_maskz_compress_ps(reaches, key));
+      _mm512_storeu_si512(passed + count, _mm512_maskz_compress_epi32(reaches, expert));
+      count += __builtin_popcount(reaches);
+      expert = _mm512_add_epi32(expert, _mm512_set1_epi32(kGroups));
+    }
+    return count;
+  }
+#endif
+  using Vec = Vectorized<T>;
+  constexpr int kAllLanes = (1 << Vec::size()) - 1;
+  for (int64_t e = 0; e < padded; e += Vec::size()) {
+    int lanes = (Vec::loadu(keys + e) >= Vec(bound)).zero_mask() ^ kAllLanes;
+    for (; lanes != 0; lanes &= lanes - 1) {
+      const int64_t expert = e + __builtin_ctz(lanes);
+      passed_keys[count] = keys[expert];
+      passed[count++] = static_cast<int32_t>(expert);
+    }
+  }
+  return count;
 }
 
 /// Selection order: key, then logit, then lowest index.
@@ -161,64 +279,62 @@ void sift_down(const Order<T>& order, int32_t* heap, int64_t size, int64_t paren
   heap[parent] = moving;
 }
 
-/// Writes the best top_k of the present experts to `chosen`, best first; returns how many there were.
-/// `candidates` has room for every expert.
-template <typename T, bool kBiased>
-int64_t select_experts(const T* keys, const T* x, int64_t num_experts, int64_t top_k, int32_t* candidates,
-                       int32_t* chosen) {
-  using Vec = Vectorized<T>;
-  const int64_t padded = padded_experts(num_experts);
+/// Writes the best top_k of the present experts to `chosen`, best first; returns how many there
+/// were. `maxima` are those of the keys; `passed` and `passed_keys` have room for every expert and
+/// 16 more.
+template <typename T>
+int64_t select_experts(const T* keys, const T* x, const T* maxima, int64_t padded, int64_t top_k,
+                       int32_t* passed, T* passed_keys, int32_t* chosen) {
+  alignas(64) int32_t order[kGroups];
   T bound = kLowest<T>;  // leaves out what is absent
-  if (top_k <= kGroups && padded > kMaxRanked) {
-    T maxima[kGroups];
-    group_maxima(keys, padded, maxima);
-    const T reached = bound_from_maxima(maxima, top_k);
-    if (reached > bound) bound = reached;
+  if (top_k <= kGroups) {
+    const T reached = kth_largest_of_16(maxima, top_k);
+    bound = reached > bound ? reached : bound;
   }
-  int64_t count = 0;
-  constexpr int kAllLanes = (1 << Vec::size()) - 1;
-  for (int64_t e = 0; e < padded; e += Vec::size()) {
-    int lanes = (Vec::loadu(keys + e) >= Vec(bound)).zero_mask() ^ kAllLanes;
-    while (lanes != 0) {
-      candidates[count++] = static_cast<int32_t>(e + __builtin_ctz(lanes));
-      lanes &= lanes - 1;
-    }
-  }
+  int64_t count = pack_candidates(keys, padded, bound, passed, passed_keys);
   const int64_t found = count < top_k ? count : top_k;
-
-  if (count <= kMaxRanked) {  // a candidate's rank is the number of candidates before it
-    T key[kMaxRanked], logit[kMaxRanked];
-    int32_t rank[kMaxRanked] = {};
-    for (int64_t i = 0; i < kMaxRanked; ++i) {
-      key[i] = i < count ? keys[candidates[i]] : kNegativeInfinity<T>;
-      if constexpr (kBiased) logit[i] = i < count ? x[candidates[i]] : kNegativeInfinity<T>;
-    }
-    const int64_t width = count <= kGroups ? kGroups : kMaxRanked;
-    for (int32_t i = 0; i < count; ++i) {
-      const T k = key[i];
-      if constexpr (kBiased) {
-        const T l = logit[i];
-        for (int32_t j = 0; j < width; ++j) {
-          rank[j] += (k > key[j]) | ((k == key[j]) & ((l > logit[j]) | ((l == logit[j]) & (i < j))));
-        }
-      } else {
-        for (int32_t j = 0; j < width; ++j) rank[j] += (k > key[j]) | ((k == key[j]) & (i < j));
-      }
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      if (rank[j] < top_k) chosen[rank[j]] = candidates[j];
-    }
+  if (count <= kGroups && keys == x) {
+    for (int64_t i = 0; i < kGroups; ++i) passed_keys[count + i] = kNegativeInfinity<T>;
+    order_16(passed_keys, count, order);
+    for (int64_t k = 0; k < found; ++k) chosen[k] = passed[order[k]];
     return found;
   }
-
-  const Order<T> order{keys, x};
-  for (int64_t i = count / 2 - 1; i >= 0; --i) sift_down(order, candidates, count, i);
+  const Order<T> order_of{keys, x};
+  for (int64_t i = count / 2 - 1; i >= 0; --i) sift_down(order_of, passed, count, i);
   for (int64_t k = 0; k < found; ++k) {
-    chosen[k] = candidates[0];
-    candidates[0] = candidates[--count];
-    sift_down(order, candidates, count, 0);
+    chosen[k] = passed[0];
+    passed[0] = passed[--count];
+    sift_down(order_of, passed, count, 0);
   }
   return found;
+}
+
+/// exp(x) for x <= 0. For float32 on AVX-512 without a call: 2^n (1 + r + r^2 q(r)) with x = n log
+/// 2 + r, |r| <= log(2) / 2, and q of degree 4 fitted to a relative error of 3e-9; within 1 ulp of
+/// exp, as the library's, and 0 where exp would be denormal, which the hardware is slow at.
+template <typename T>
+Vectorized<T> exp_of_negative(Vectorized<T> x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    const __m512 smallest = _mm512_set1_ps(-87.33654f);
+    const __mmask16 normal = _mm512_cmp_ps_mask(x, smallest, _CMP_GE_OQ);
+    const __m512 bounded = _mm512_max_ps(x, smallest);  // no inf - inf
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(bounded, _mm512_set1_ps(1.44269504f)),
+                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r =
+        _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), bounded);  // log 2, exact in 10 bits
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);     // and its remainder
+    __m512 q = _mm512_set1_ps(0.001381459878757596f);
+    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.008368716575205326f));
+    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.04166838899254799f));
+    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.1666652113199234f));
+    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.4999999403953552f));
+    const __m512 power =
+        _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(r, r), q, r), _mm512_set1_ps(1.0f));
+    return _mm512_maskz_scalef_ps(normal, power, n);
+  }
+#endif
+  return x.exp();
 }
 
 /// exps[e] = exp(x[e] - shift); returns their sum.
@@ -227,7 +343,7 @@ T exponentials(const T* x, int64_t padded, T shift, T* exps) {
   using Vec = Vectorized<T>;
   Vec total(0);
   for (int64_t e = 0; e < padded; e += Vec::size()) {
-    const Vec value = (Vec::loadu(x + e) - Vec(shift)).exp();
+    const Vec value = exp_of_negative(Vec::loadu(x + e) - Vec(shift));
     value.store(exps + e);
     total = total + value;
   }
@@ -243,7 +359,8 @@ T natural_log(T value) {
   }
 }
 
-/// prob_sum += share exps, and the sum of exps (lse - x): the entropy of the row times the sum of exps.
+/// prob_sum += share exps, and the sum of exps (lse - x): the entropy of the row times the sum of
+/// exps.
 template <typename T>
 T add_probabilities(const T* x, const T* exps, int64_t num_experts, T share, T lse, T* prob_sum) {
   using Vec = Vectorized<T>;
@@ -253,51 +370,55 @@ T add_probabilities(const T* x, const T* exps, int64_t num_experts, T share, T l
     const Vec value = Vec::loadu(exps + e);
     at::vec::fmadd(Vec(share), value, Vec::loadu(prob_sum + e)).store(prob_sum + e);
     // An absent expert has value 0 and must not meet the infinity in x.
-    entropy = at::vec::fmadd(value, Vec(lse) - at::vec::clamp_min(Vec::loadu(x + e), Vec(kLowest<T>)), entropy);
+    entropy = at::vec::fmadd(
+        value, Vec(lse) - at::vec::clamp_min(Vec::loadu(x + e), Vec(kLowest<T>)), entropy);
   }
   if (e < num_experts) {
     const int64_t left = num_experts - e;
     const Vec value = Vec::loadu(exps + e);
     at::vec::fmadd(Vec(share), value, Vec::loadu(prob_sum + e, left)).store(prob_sum + e, left);
-    entropy = at::vec::fmadd(value, Vec(lse) - at::vec::clamp_min(Vec::loadu(x + e), Vec(kLowest<T>)), entropy);
+    entropy = at::vec::fmadd(
+        value, Vec(lse) - at::vec::clamp_min(Vec::loadu(x + e), Vec(kLowest<T>)), entropy);
   }
   return at::vec::vec_reduce_all<T>([](Vec& a, Vec& b) { return a + b; }, entropy);
 }
 
-/// Weights of the chosen logits, divided by their sum: exp(x_k - max) / sum, which cannot underflow to 0 / 0.
+/// Turns the chosen logits in `weights` into scaling_factor exp(x_k - max) / sum, which cannot
+/// become 0 / 0. The buffer is padded to whole vectors.
 template <typename T>
-void renormalized_weights(const T* logits, int64_t count, T scaling_factor, T* weights) {
+void renormalize(T* weights, int64_t count, T scaling_factor) {
   using Vec = Vectorized<T>;
   T shift = kLowest<T>;
-  for (int64_t k = 0; k < count; ++k) shift = logits[k] > shift ? logits[k] : shift;
-  T total = 0;
-  int64_t k = 0;
-  for (; k < count; k += Vec::size()) {
-    const int64_t left = count - k < Vec::size() ? count - k : Vec::size();
-    const Vec value = (Vec::set(Vec(kNegativeInfinity<T>), Vec::loadu(logits + k, left), left) - Vec(shift)).exp();
-    value.store(weights + k, left);
+  for (int64_t k = 0; k < count; ++k) shift = weights[k] > shift ? weights[k] : shift;
+  for (int64_t k = 0; k < count; k += Vec::size()) {
+    exp_of_negative(Vec::loadu(weights + k) - Vec(shift)).store(weights + k);
   }
-  for (k = 0; k < count; ++k) total += weights[k];
+  T total = 0;
+  for (int64_t k = 0; k < count; ++k) total += weights[k];
   const T scale = scaling_factor / total;
-  for (k = 0; k < count; ++k) weights[k] *= scale;
+  for (int64_t k = 0; k < count; ++k) weights[k] *= scale;
 }
 
 }  // namespace
 
-/// Tokens [begin, end): fills their weights, indices and lse, and adds to counts [E] and sums [2 E + 5].
+/// Tokens [begin, end): fills their weights, indices and lse, and adds to counts [E] and sums [2 E
+/// + 5].
 template <typename scalar_t>
-void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64_t end, int64_t* counts,
-                      compute_t<scalar_t>* sums, compute_t<scalar_t>* scratch) {
+void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64_t end,
+                      int64_t* counts, compute_t<scalar_t>* sums, compute_t<scalar_t>* scratch) {
   using T = compute_t<scalar_t>;
   const int64_t num_experts = rows.num_experts, top_k = rows.top_k;
   const int64_t padded = padded_experts(num_experts);
   const bool stats = rows.lse != nullptr, biased = rows.expert_bias != nullptr;
   const bool need_probabilities = stats || biased || !rows.norm_topk_prob;
+  const int64_t part = padded + kRowPadding;
   T* const x = scratch;
-  T* const exps = x + padded;
-  T* const keys = exps + padded;
-  auto* const candidates = reinterpret_cast<int32_t*>(keys + padded);
-  auto* const chosen = reinterpret_cast<int32_t*>(keys + 2 * padded);
+  T* const exps = x + part;
+  T* const keys = exps + part;
+  T* const passed_keys = keys + part;
+  auto* const passed = reinterpret_cast<int32_t*>(passed_keys + part);
+  auto* const chosen = reinterpret_cast<int32_t*>(passed_keys + 2 * part);
+  T* const chosen_logits = passed_keys;  // once the selection is done
 
   for (int64_t t = begin; t < end; ++t) {
     T* const weights = rows.topk_weights + t * top_k;
@@ -306,37 +427,48 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
     int64_t found = 0;
     T lse = 0;
     if (token_weight > 0) {
-      const bool had_nan = load_row(rows.logits + t * rows.row_stride, num_experts, x);
-      if (stats && had_nan) sums[RoutingSums::nan_rows(num_experts)] += 1;
       T maxima[kGroups];
-      group_maxima(x, padded, maxima);
+      const bool had_nan = load_row(rows.logits + t * rows.row_stride, num_experts, x, maxima);
+      if (stats && had_nan) sums[RoutingSums::nan_rows(num_experts)] += 1;
       const T peak = maximum_of_groups(maxima);
       if (peak > kNegativeInfinity<T>) {  // else no expert is present: the token counts as masked
-        T total = 0;
+        T total = 0, inverse = 0;
         if (need_probabilities) {
           total = exponentials(x, padded, peak, exps);
+          inverse = T(1) / total;
           lse = peak + natural_log(total);
         }
         if (biased) {
           for (int64_t e = 0; e < num_experts; ++e) {
             const bool present = x[e] > kNegativeInfinity<T>;
-            keys[e] = present ? exps[e] / total + rows.expert_bias[e] : kNegativeInfinity<T>;
+            keys[e] = present ? exps[e] * inverse + rows.expert_bias[e] : kNegativeInfinity<T>;
           }
           for (int64_t e = num_experts; e < padded; ++e) keys[e] = kNegativeInfinity<T>;
-          found = select_experts<T, true>(keys, x, num_experts, top_k, candidates, chosen);
-        } else {
-          found = select_experts<T, false>(x, x, num_experts, top_k, candidates, chosen);
+          group_maxima(keys, padded, maxima);
         }
+        found = select_experts(biased ? keys : x, x, maxima, padded, top_k, passed, passed_keys,
+                               chosen);
         for (int64_t k = 0; k < found; ++k) {
-          const int32_t e = chosen[k];
-          indices[k] = e;
-          counts[e] += 1;
-          weights[k] = rows.norm_topk_prob ? x[e] : rows.scaling_factor * (exps[e] / total);
+          indices[k] = chosen[k];
+          counts[chosen[k]] += 1;
         }
-        if (rows.norm_topk_prob) renormalized_weights(weights, found, rows.scaling_factor, weights);
+        if (!rows.norm_topk_prob || (need_probabilities && !biased)) {
+          // Without a bias the best expert is chosen and has exp(0) = 1, so the sum of the chosen
+          // is at least 1.
+          T sum = 0;
+          for (int64_t k = 0; k < found; ++k) sum += exps[chosen[k]];
+          const T scale = rows.scaling_factor * (rows.norm_topk_prob ? T(1) / sum : inverse);
+          for (int64_t k = 0; k < found; ++k) weights[k] = scale * exps[chosen[k]];
+        } else {
+          for (int64_t k = 0; k < found; ++k) chosen_logits[k] = x[chosen[k]];
+          renormalize(chosen_logits, found, rows.scaling_factor);
+          for (int64_t k = 0; k < found; ++k) weights[k] = chosen_logits[k];
+        }
         if (stats) {
-          const T entropy = add_probabilities(x, exps, num_experts, token_weight / total, lse, sums) / total;
-          for (int64_t k = 0; k < found; ++k) sums[RoutingSums::load(num_experts) + indices[k]] += token_weight;
+          const T entropy =
+              add_probabilities(x, exps, num_experts, token_weight * inverse, lse, sums) * inverse;
+          for (int64_t k = 0; k < found; ++k)
+            sums[RoutingSums::load(num_experts) + indices[k]] += token_weight;
           sums[RoutingSums::weight(num_experts)] += token_weight;
           sums[RoutingSums::lse_squared(num_experts)] += token_weight * lse * lse;
           sums[RoutingSums::entropy(num_experts)] += token_weight * entropy;
@@ -354,22 +486,26 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
 /// Gradient of tokens [begin, end); one read of the logits, one write of grad_logits.
 ///   dx = p (w (a - <a, p>) + 2 w g_z lse - w g_H (log p + H) + g_lse) + gate
 template <typename scalar_t>
-void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int64_t begin, int64_t end,
-                               compute_t<scalar_t>* scratch) {
+void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int64_t begin,
+                               int64_t end, compute_t<scalar_t>* scratch) {
   using T = compute_t<scalar_t>;
   using Vec = Vectorized<T>;
   const int64_t num_experts = rows.num_experts, top_k = rows.top_k;
   const int64_t padded = padded_experts(num_experts);
   const bool gate = rows.grad_weights != nullptr;
-  const bool dense = rows.grad_lse != nullptr || rows.grad_sums != nullptr || (gate && !rows.norm_topk_prob);
-  const T grad_lse_squared = rows.grad_sums != nullptr ? rows.grad_sums[RoutingSums::lse_squared(num_experts)] : T(0);
-  const T grad_entropy = rows.grad_sums != nullptr ? rows.grad_sums[RoutingSums::entropy(num_experts)] : T(0);
+  const bool dense =
+      rows.grad_lse != nullptr || rows.grad_sums != nullptr || (gate && !rows.norm_topk_prob);
+  const T grad_lse_squared =
+      rows.grad_sums != nullptr ? rows.grad_sums[RoutingSums::lse_squared(num_experts)] : T(0);
+  const T grad_entropy =
+      rows.grad_sums != nullptr ? rows.grad_sums[RoutingSums::entropy(num_experts)] : T(0);
+  const int64_t part = padded + kRowPadding;
   T* const x = scratch;
-  T* const probs = x + padded;
-  T* const grad_probs = probs + padded;  // a, padded with zeros
-  T* const chosen = grad_probs + padded;
-  T* const weights = chosen + padded;
-  for (int64_t e = 0; e < padded; ++e) grad_probs[e] = rows.grad_sums && e < num_experts ? rows.grad_sums[e] : T(0);
+  T* const probs = x + part;
+  T* const grad_probs = probs + part;  // a, padded with zeros
+  T* const weights = grad_probs + part;
+  for (int64_t e = 0; e < padded; ++e)
+    grad_probs[e] = rows.grad_sums && e < num_experts ? rows.grad_sums[e] : T(0);
 
   for (int64_t t = begin; t < end; ++t) {
     const scalar_t* const row = rows.logits + t * rows.row_stride;
@@ -385,8 +521,8 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
     }
     // The gate's gradient with respect to the chosen logits, in `weights`.
     if (gate && rows.norm_topk_prob) {
-      for (int64_t k = 0; k < found; ++k) chosen[k] = sanitize(static_cast<T>(row[indices[k]]));
-      renormalized_weights(chosen, found, rows.scaling_factor, weights);
+      for (int64_t k = 0; k < found; ++k) weights[k] = sanitize(static_cast<T>(row[indices[k]]));
+      renormalize(weights, found, rows.scaling_factor);
       T mean = 0;
       for (int64_t k = 0; k < found; ++k) mean += grad_weights[k] * weights[k];
       // Without a scale there is no weight and no gradient; 0 / 0 must not appear.
@@ -396,25 +532,25 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
     if (!dense) {
       for (int64_t e = 0; e < num_experts; ++e) grad_row[e] = scalar_t(0);
       if (gate) {
-        for (int64_t k = 0; k < found; ++k) grad_row[indices[k]] = static_cast<scalar_t>(weights[k]);
+        for (int64_t k = 0; k < found; ++k)
+          grad_row[indices[k]] = static_cast<scalar_t>(weights[k]);
       }
       continue;
     }
 
-    load_row(row, num_experts, x);
+    T maxima[kGroups];
+    load_row(row, num_experts, x, maxima);
     T lse;
     if (rows.lse != nullptr) {
       lse = rows.lse[t];
     } else {
-      T maxima[kGroups];
-      group_maxima(x, padded, maxima);
       const T peak = maximum_of_groups(maxima);
       lse = peak + natural_log(exponentials(x, padded, peak, probs));
     }
     Vec mean_gradient(0), entropy(0);
     for (int64_t e = 0; e < padded; e += Vec::size()) {
       const Vec value = Vec::loadu(x + e);
-      const Vec p = (value - Vec(lse)).exp();
+      const Vec p = exp_of_negative(value - Vec(lse));
       p.store(probs + e);
       mean_gradient = at::vec::fmadd(Vec::loadu(grad_probs + e), p, mean_gradient);
       entropy = at::vec::fmadd(p, Vec(lse) - at::vec::clamp_min(value, Vec(kLowest<T>)), entropy);
@@ -445,11 +581,11 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
   }
 }
 
-#define INSTANTIATE(scalar_t)                                                                                    \
-  template void topk_gating_rows<scalar_t>(const TopKGatingRows<scalar_t>&, int64_t, int64_t, int64_t*,          \
-                                           compute_t<scalar_t>*, compute_t<scalar_t>*);                          \
-  template void topk_gating_backward_rows<scalar_t>(const TopKGatingBackwardRows<scalar_t>&, int64_t, int64_t,   \
-                                                    compute_t<scalar_t>*);
+#define INSTANTIATE(scalar_t)                                                                     \
+  template void topk_gating_rows<scalar_t>(const TopKGatingRows<scalar_t>&, int64_t, int64_t,     \
+                                           int64_t*, compute_t<scalar_t>*, compute_t<scalar_t>*); \
+  template void topk_gating_backward_rows<scalar_t>(const TopKGatingBackwardRows<scalar_t>&,      \
+                                                    int64_t, int64_t, compute_t<scalar_t>*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(c10::BFloat16)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU kernels of topk_gating over raw pointers; ../ops/topk_gating.cpp splits the tokens among threads.
+// The CPU kernels of topk_gating over raw pointers; ../ops/topk_gating.cpp splits the tokens among
+// threads.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,9 @@ inline constexpr int64_t padded_experts(int64_t num_experts) {
   return (num_experts + kRowPadding - 1) / kRowPadding * kRowPadding;
 }
 /// Scratch that one call needs, in elements of the compute type.
-inline constexpr int64_t topk_gating_scratch(int64_t num_experts) { return 5 * padded_experts(num_experts); }
+inline constexpr int64_t topk_gating_scratch(int64_t num_experts) {
+  return 6 * (padded_experts(num_experts) + kRowPadding);
+}
 
 template <typename scalar_t>
 struct TopKGatingRows {

@@ -43,8 +43,8 @@ at::Tensor autocast(const at::Tensor& tensor) {
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
 }
 
-/// What torch's grouped GEMM takes, in its backward too: float32 and half types, rows of a multiple
-/// of 16 bytes.
+/// What torch's grouped GEMM takes, in its backward too: float32 and half types, at least one row,
+/// rows of a multiple of 16 bytes.
 bool can_group(const at::Tensor& rows, int64_t d_model, int64_t d_hidden) {
   const auto row_unit = 16 / rows.element_size();
   return rows.scalar_type() != at::kDouble && rows.size(0) > 0 && d_model % row_unit == 0 &&

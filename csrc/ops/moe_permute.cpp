@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // moe_permute: schema -> checks and shapes -> CPU -> autograd -> registration, top to bottom.
-// The order of the rows is a stable counting sort of the slots; the rows are moved by moe_rows.cpp. Its backward is
-// the op moe_unpermute: the row of slot (t, k) goes back to token t, its weight back to (t, k).
+// The order of the rows is a stable counting sort of the slots; the rows are moved by moe_rows.cpp.
+// Its backward is the op moe_unpermute: the row of slot (t, k) goes back to token t, its weight
+// back to (t, k).
 #include "moe_permute.h"
 
 #include <ATen/Parallel.h>
@@ -29,7 +30,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// ---- schema -----------------------------------------------------------------------------------------
+// ---- schema -------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(equipoise, m) {
   m.def(
@@ -58,16 +59,18 @@ struct Parameters {
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Signature = Results(const Tensor&, const OptionalTensor&, c10::SymInt, const OptionalTensor&,
-                          const OptionalTensor&, const OptionalTensor&, std::optional<c10::SymInt>, std::string_view,
-                          bool, int64_t, std::optional<int64_t>, std::optional<c10::SymInt>);
+                          const OptionalTensor&, const OptionalTensor&, std::optional<c10::SymInt>,
+                          std::string_view, bool, int64_t, std::optional<int64_t>,
+                          std::optional<c10::SymInt>);
 
 Results call_op(const Tensor& x, const Parameters& p) {
   static const auto op = find_op<Signature>("moe_permute");
-  return op.call(x, p.topk_indices, p.num_experts, p.topk_weights, p.tokens_per_expert, p.routing_map, p.capacity,
-                 p.drop_policy, p.pad_to_capacity, p.align, p.seed, p.output_rows);
+  return op.call(x, p.topk_indices, p.num_experts, p.topk_weights, p.tokens_per_expert,
+                 p.routing_map, p.capacity, p.drop_policy, p.pad_to_capacity, p.align, p.seed,
+                 p.output_rows);
 }
 
-// ---- checks and shapes, shared by Meta, CPU and CUDA ------------------------------------------------
+// ---- checks and shapes, shared by Meta, CPU and CUDA --------------------------------------------
 
 constexpr const char* kOp = "moe_permute";
 
@@ -75,13 +78,15 @@ void check(const Tensor& x, const Parameters& p) {
   check_floating(kOp, "x", x);
   TORCH_CHECK(x.dim() == 2, kOp, ": x must have shape [T, H], got ", x.sym_sizes());
   TORCH_CHECK(p.num_experts >= 1, kOp, ": num_experts must be at least 1, got ", p.num_experts);
-  TORCH_CHECK(!p.routing_map, kOp, ": routing_map is not accepted in this version; pass topk_indices");
+  TORCH_CHECK(!p.routing_map, kOp,
+              ": routing_map is not accepted in this version; pass topk_indices");
   TORCH_CHECK(p.topk_indices, kOp, ": topk_indices must be given");
   const auto& indices = *p.topk_indices;
   check_dtype(kOp, "topk_indices", indices, at::kLong);
   check_device(kOp, "topk_indices", indices, "x", x);
   TORCH_CHECK(indices.dim() == 2 && indices.sym_size(0) == x.sym_size(0), kOp,
-              ": topk_indices must have shape [T, K] with T = ", x.sym_size(0), ", got ", indices.sym_sizes());
+              ": topk_indices must have shape [T, K] with T = ", x.sym_size(0), ", got ",
+              indices.sym_sizes());
   if (p.topk_weights) {
     check_floating(kOp, "topk_weights", *p.topk_weights);
     check_device(kOp, "topk_weights", *p.topk_weights, "x", x);
@@ -93,8 +98,8 @@ void check(const Tensor& x, const Parameters& p) {
     check_sizes(kOp, "tokens_per_expert", *p.tokens_per_expert, {p.num_experts}, "[E]");
   }
   TORCH_CHECK(!p.capacity && !p.pad_to_capacity, kOp, ": capacity is not accepted in this version");
-  TORCH_CHECK(p.drop_policy == "position" && !p.seed, kOp, ": drop_policy must be 'position' in this version, got '",
-              p.drop_policy, "'");
+  TORCH_CHECK(p.drop_policy == "position" && !p.seed, kOp,
+              ": drop_policy must be 'position' in this version, got '", p.drop_policy, "'");
   TORCH_CHECK(p.align == 1, kOp, ": align must be 1 in this version, got ", p.align);
   TORCH_CHECK(!p.output_rows, kOp, ": output_rows is not accepted in this version");
 }
@@ -103,8 +108,9 @@ Results moe_permute_meta(const Tensor& x, const Parameters& p) {
   check(x, p);
   const auto integer = x.options().dtype(at::kLong);
   const auto num_rows = p.topk_indices->sym_numel();
-  const auto weights = p.topk_weights ? at::empty_symint({num_rows}, p.topk_weights->options())
-                                      : at::empty({0}, x.options().dtype(accumulate_type(x.scalar_type())));
+  const auto weights = p.topk_weights
+                           ? at::empty_symint({num_rows}, p.topk_weights->options())
+                           : at::empty({0}, x.options().dtype(accumulate_type(x.scalar_type())));
   return {at::empty_symint({num_rows, x.sym_size(1)}, x.options()),
           weights,
           at::empty_symint(p.topk_indices->sym_sizes(), integer),
@@ -114,7 +120,8 @@ Results moe_permute_meta(const Tensor& x, const Parameters& p) {
           at::empty({}, integer)};
 }
 
-/// A [T, K] tensor as T K tokens of one element with one slot each: how weights travel with the rows.
+/// A [T, K] tensor as T K tokens of one element with one slot each: how weights travel with the
+/// rows.
 Tensor as_column(const Tensor& slots) { return slots.reshape({slots.numel(), 1}); }
 
 template <auto index, auto scatter>
@@ -127,19 +134,21 @@ Results moe_permute_run(const Tensor& x, const Parameters& p) {
     scatter(x.size(1) == 1 || x.stride(1) == 1 ? x : x.contiguous(), map, std::nullopt, permuted);
   }
   if (p.topk_weights && weights.numel() != 0) {
-    scatter(as_column(p.topk_weights->contiguous()), as_column(map), std::nullopt, as_column(weights));
+    scatter(as_column(p.topk_weights->contiguous()), as_column(map), std::nullopt,
+            as_column(weights));
   }
   kept.copy_(counts);
   overflow.zero_();
   return results;
 }
 
-// ---- CPU --------------------------------------------------------------------------------------------
+// ---- CPU ----------------------------------------------------------------------------------------
 
-constexpr int64_t kBlockSlots = 8192;  // a block counts its slots, then places them behind the blocks before it
+constexpr int64_t kBlockSlots =
+    8192;  // a block counts its slots, then places them behind the blocks before it
 
-void moe_permute_index_cpu(const Tensor& indices, const OptionalTensor& tokens_per_expert, const Tensor& row_id_map,
-                           const Tensor& counts, const Tensor& offsets) {
+void moe_permute_index_cpu(const Tensor& indices, const OptionalTensor& tokens_per_expert,
+                           const Tensor& row_id_map, const Tensor& counts, const Tensor& offsets) {
   const int64_t num_slots = indices.numel(), num_experts = counts.numel();
   const int64_t num_blocks = (num_slots + kBlockSlots - 1) / kBlockSlots;
   const int64_t* expert = indices.const_data_ptr<int64_t>();
@@ -148,12 +157,14 @@ void moe_permute_index_cpu(const Tensor& indices, const OptionalTensor& tokens_p
   int64_t* offset = offsets.mutable_data_ptr<int64_t>();
   const auto given = tokens_per_expert ? tokens_per_expert->contiguous() : counts;
 
-  std::vector<int64_t> tables(num_blocks * num_experts);  // counts of each block, then its next free row
+  std::vector<int64_t> tables(num_blocks *
+                              num_experts);  // counts of each block, then its next free row
   std::atomic<int64_t> bad{-1};
   at::parallel_for(0, num_blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
       int64_t* table = tables.data() + block * num_experts;
-      for (int64_t slot = block * kBlockSlots; slot < std::min(num_slots, (block + 1) * kBlockSlots); ++slot) {
+      for (int64_t slot = block * kBlockSlots;
+           slot < std::min(num_slots, (block + 1) * kBlockSlots); ++slot) {
         if (static_cast<uint64_t>(expert[slot]) < static_cast<uint64_t>(num_experts)) {
           ++table[expert[slot]];
         } else if (expert[slot] != -1) {
@@ -162,8 +173,8 @@ void moe_permute_index_cpu(const Tensor& indices, const OptionalTensor& tokens_p
       }
     }
   });
-  TORCH_CHECK(bad.load() < 0, kOp, ": topk_indices must be in [-1, num_experts = ", num_experts, "), got ",
-              expert[bad.load()]);
+  TORCH_CHECK(bad.load() < 0, kOp, ": topk_indices must be in [-1, num_experts = ", num_experts,
+              "), got ", expert[bad.load()]);
   int64_t next = 0;
   for (int64_t e = 0; e < num_experts; ++e) {
     offset[e] = next;
@@ -174,14 +185,15 @@ void moe_permute_index_cpu(const Tensor& indices, const OptionalTensor& tokens_p
     }
     count[e] = next - offset[e];
     TORCH_CHECK(given.const_data_ptr<int64_t>()[e] == count[e], kOp,
-                ": tokens_per_expert must be the counts of topk_indices, got ", given.const_data_ptr<int64_t>()[e],
-                " for expert ", e, ", which has ", count[e]);
+                ": tokens_per_expert must be the counts of topk_indices, got ",
+                given.const_data_ptr<int64_t>()[e], " for expert ", e, ", which has ", count[e]);
   }
   offset[num_experts] = next;
   at::parallel_for(0, num_blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
       int64_t* table = tables.data() + block * num_experts;
-      for (int64_t slot = block * kBlockSlots; slot < std::min(num_slots, (block + 1) * kBlockSlots); ++slot) {
+      for (int64_t slot = block * kBlockSlots;
+           slot < std::min(num_slots, (block + 1) * kBlockSlots); ++slot) {
         map[slot] = expert[slot] >= 0 ? table[expert[slot]]++ : -1;
       }
     }
@@ -189,14 +201,15 @@ void moe_permute_index_cpu(const Tensor& indices, const OptionalTensor& tokens_p
 }
 
 #ifdef EQUIPOISE_WITH_CUDA
-/// The counts that were passed in cannot be compared without waiting for the device; they are made again.
-void index_cuda(const Tensor& indices, const OptionalTensor& /*tokens_per_expert*/, const Tensor& row_id_map,
-                const Tensor& counts, const Tensor& offsets) {
+/// The counts that were passed in cannot be compared without waiting for the device; they are made
+/// again.
+void index_cuda(const Tensor& indices, const OptionalTensor& /*tokens_per_expert*/,
+                const Tensor& row_id_map, const Tensor& counts, const Tensor& offsets) {
   moe_permute_index_cuda(indices, row_id_map, counts, offsets);
 }
 #endif
 
-// ---- autograd ---------------------------------------------------------------------------------------
+// ---- autograd -----------------------------------------------------------------------------------
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -204,8 +217,8 @@ using torch::autograd::variable_list;
 struct MoePermute : torch::autograd::Function<MoePermute> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& topk_weights,
-                               Parameters p) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x,
+                               const OptionalTensor& topk_weights, Parameters p) {
     at::AutoDispatchBelowADInplaceOrView below;
     p.topk_weights = topk_weights;
     const auto [permuted, weights, map, counts, offsets, kept, overflow] = call_op(x, p);
@@ -225,8 +238,9 @@ struct MoePermute : torch::autograd::Function<MoePermute> {
     if (grads[0].defined()) grad_x = moe_unpermute(grads[0], map);
     if (grads[1].defined()) {
       const auto slots = map.sym_numel();
-      grad_weights = moe_unpermute(grads[1].unsqueeze(1), map.reshape_symint({slots, c10::SymInt(1)}))
-                         .reshape_symint(map.sym_sizes());
+      grad_weights =
+          moe_unpermute(grads[1].unsqueeze(1), map.reshape_symint({slots, c10::SymInt(1)}))
+              .reshape_symint(map.sym_sizes());
     }
     return {grad_x, grad_weights, Tensor()};
   }
@@ -237,16 +251,20 @@ Results moe_permute_autograd(const Tensor& x, const Parameters& p) {
   return {r[0], r[1], r[2], r[3], r[4], r[5], r[6]};
 }
 
-// ---- registration -----------------------------------------------------------------------------------
+// ---- registration -------------------------------------------------------------------------------
 
-TORCH_LIBRARY_IMPL(equipoise, Meta, m) { m.impl("moe_permute", WithSchema<moe_permute_meta, Parameters, Signature>::call); }
+TORCH_LIBRARY_IMPL(equipoise, Meta, m) {
+  m.impl("moe_permute", WithSchema<moe_permute_meta, Parameters, Signature>::call);
+}
 TORCH_LIBRARY_IMPL(equipoise, CPU, m) {
-  m.impl("moe_permute",
-         WithSchema<moe_permute_run<moe_permute_index_cpu, moe_scatter_rows_cpu>, Parameters, Signature>::call);
+  m.impl("moe_permute", WithSchema<moe_permute_run<moe_permute_index_cpu, moe_scatter_rows_cpu>,
+                                   Parameters, Signature>::call);
 }
 #ifdef EQUIPOISE_WITH_CUDA
 TORCH_LIBRARY_IMPL(equipoise, CUDA, m) {
-  m.impl("moe_permute", WithSchema<moe_permute_run<index_cuda, moe_scatter_rows_cuda>, Parameters, Signature>::call);
+  m.impl(
+      "moe_permute",
+      WithSchema<moe_permute_run<index_cuda, moe_scatter_rows_cuda>, Parameters, Signature>::call);
 }
 #endif
 TORCH_LIBRARY_IMPL(equipoise, Autograd, m) {
@@ -258,8 +276,9 @@ TORCH_LIBRARY_IMPL(equipoise, Autograd, m) {
 PermuteResult moe_permute(const Tensor& x, const OptionalTensor& topk_indices, int64_t num_experts,
                           const MoEPermuteOptions& o) {
   auto [permuted, weights, map, counts, offsets, kept, overflow] =
-      call_op(x, {topk_indices, num_experts, o.topk_weights(), o.tokens_per_expert(), o.routing_map(), o.capacity(),
-                  o.drop_policy(), o.pad_to_capacity(), o.align(), o.seed(), o.output_rows()});
+      call_op(x, {topk_indices, num_experts, o.topk_weights(), o.tokens_per_expert(),
+                  o.routing_map(), o.capacity(), o.drop_policy(), o.pad_to_capacity(), o.align(),
+                  o.seed(), o.output_rows()});
   return {permuted, weights, map, counts, offsets, kept, overflow};
 }
 

@@ -14,18 +14,21 @@ namespace equipoise {
 
 /// What `moe_permute` returns. N = T K rows; the rows after expert_offsets[E] are zero.
 struct EQUIPOISE_API PermuteResult {
-  at::Tensor permuted;           ///< [N, H], dtype of x; differentiable
-  at::Tensor permuted_weights;   ///< [N], dtype of topk_weights; empty where none were given; differentiable
-  at::Tensor row_id_map;         ///< [T, K] int64: the row that holds slot (t, k), -1 if there is none
+  at::Tensor permuted;          ///< [N, H], dtype of x; differentiable
+  at::Tensor permuted_weights;  ///< [N], dtype of topk_weights; empty where none were given;
+                                ///< differentiable
+  at::Tensor row_id_map;  ///< [T, K] int64: the row that holds slot (t, k), -1 if there is none
   at::Tensor tokens_per_expert;  ///< [E] int64
-  at::Tensor expert_offsets;     ///< [E + 1] int64: expert e has rows expert_offsets[e] .. expert_offsets[e + 1]
+  at::Tensor expert_offsets;     ///< [E + 1] int64: expert e has rows expert_offsets[e] ..
+                                 ///< expert_offsets[e + 1]
   at::Tensor kept_per_expert;    ///< [E] int64: tokens_per_expert after any drop
-  at::Tensor overflow;           ///< scalar int64: rows that did not fit (CUDA; an error on the CPU)
+  at::Tensor overflow;  ///< scalar int64: rows that did not fit (CUDA; an error on the CPU)
 };
 
 struct MoEPermuteOptions {
-  TORCH_ARG(std::optional<at::Tensor>, topk_weights) = std::nullopt;       ///< [T, K]
-  TORCH_ARG(std::optional<at::Tensor>, tokens_per_expert) = std::nullopt;  ///< [E] int64, from topk_gating
+  TORCH_ARG(std::optional<at::Tensor>, topk_weights) = std::nullopt;  ///< [T, K]
+  TORCH_ARG(std::optional<at::Tensor>,
+            tokens_per_expert) = std::nullopt;  ///< [E] int64, from topk_gating
   TORCH_ARG(std::optional<at::Tensor>, routing_map) = std::nullopt;
   TORCH_ARG(std::optional<int64_t>, capacity) = std::nullopt;
   TORCH_ARG(std::string, drop_policy) = "position";
@@ -42,7 +45,8 @@ struct MoEPermuteOptions {
 /// @param topk_indices  [T, K] int64 in [-1, E); -1 is left out.
 /// @param num_experts   E >= 1.
 /// Differentiable (twice) in x and topk_weights. Deterministic.
-EQUIPOISE_API PermuteResult moe_permute(const at::Tensor& x, const std::optional<at::Tensor>& topk_indices,
+EQUIPOISE_API PermuteResult moe_permute(const at::Tensor& x,
+                                        const std::optional<at::Tensor>& topk_indices,
                                         int64_t num_experts, const MoEPermuteOptions& options = {});
 
 }  // namespace equipoise

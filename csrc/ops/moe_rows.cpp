@@ -12,13 +12,13 @@
 #include "../cpu/dispatch.h"
 #include "../cpu/moe_rows.h"
 
-EQUIPOISE_DECLARE_CPU_KERNEL(
-    template <typename scalar_t, typename weight_t> void scatter_rows(const MoeRows<scalar_t, weight_t>&, int64_t,
-                                                                      int64_t);
-    template <typename scalar_t, typename weight_t> void gather_rows(const MoeRows<scalar_t, weight_t>&, int64_t,
-                                                                     int64_t);
-    template <typename scalar_t, typename weight_t> void dot_rows(const MoeRows<scalar_t, weight_t>&, int64_t,
-                                                                  int64_t))
+EQUIPOISE_DECLARE_CPU_KERNEL(template <typename scalar_t, typename weight_t>
+                             void scatter_rows(const MoeRows<scalar_t, weight_t>&, int64_t,
+                                               int64_t);
+                             template <typename scalar_t, typename weight_t>
+                             void gather_rows(const MoeRows<scalar_t, weight_t>&, int64_t, int64_t);
+                             template <typename scalar_t, typename weight_t>
+                             void dot_rows(const MoeRows<scalar_t, weight_t>&, int64_t, int64_t))
 
 namespace equipoise {
 namespace {
@@ -26,8 +26,8 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-/// Asks for huge pages under a large fresh output: it was mapped just now, and touching it first in 4 KiB faults is
-/// many times slower than the copy itself. Advice only; the contents do not change.
+/// Asks for huge pages under a large fresh output: it was mapped just now, and touching it first in
+/// 4 KiB faults is many times slower than the copy itself. Advice only; the contents do not change.
 void advise_huge_pages(const Tensor& out) {
 #ifdef MADV_HUGEPAGE
   constexpr size_t kLarge = size_t{4} << 20, kPage = 4096;
@@ -39,10 +39,12 @@ void advise_huge_pages(const Tensor& out) {
 }
 
 /// Tokens that are worth a thread of their own.
-int64_t grain(int64_t top_k, int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, top_k * width)); }
+int64_t grain(int64_t top_k, int64_t width) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, top_k * width));
+}
 
-/// Calls f(scalar_t{}, weight_t{}) for the types of the rows and of the weights (float64 rows take float64 weights;
-/// half rows take float32 ones or their own type).
+/// Calls f(scalar_t{}, weight_t{}) for the types of the rows and of the weights (float64 rows take
+/// float64 weights; half rows take float32 ones or their own type).
 template <typename F>
 void dispatch(at::ScalarType rows, std::optional<at::ScalarType> weights, const F& f) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows, "moe_rows", [&] {
@@ -66,8 +68,8 @@ OptionalTensor contiguous(const OptionalTensor& tensor) {
 
 }  // namespace
 
-void moe_scatter_rows_cpu(const Tensor& tokens, const Tensor& row_id_map, const OptionalTensor& weights_in,
-                          const Tensor& rows) {
+void moe_scatter_rows_cpu(const Tensor& tokens, const Tensor& row_id_map,
+                          const OptionalTensor& weights_in, const Tensor& rows) {
   const int64_t num_tokens = row_id_map.size(0), top_k = row_id_map.size(1), width = rows.size(1);
   const int64_t num_rows = rows.size(0);
   const auto map = row_id_map.contiguous();
@@ -103,9 +105,10 @@ void moe_scatter_rows_cpu(const Tensor& tokens, const Tensor& row_id_map, const 
            });
 }
 
-void moe_gather_rows_cpu(const Tensor& rows_in, const Tensor& row_id_map, const OptionalTensor& weights_in,
-                         const Tensor& out) {
-  const int64_t num_tokens = row_id_map.size(0), top_k = row_id_map.size(1), width = rows_in.size(1);
+void moe_gather_rows_cpu(const Tensor& rows_in, const Tensor& row_id_map,
+                         const OptionalTensor& weights_in, const Tensor& out) {
+  const int64_t num_tokens = row_id_map.size(0), top_k = row_id_map.size(1),
+                width = rows_in.size(1);
   const auto map = row_id_map.contiguous(), rows = rows_in.contiguous();
   const auto weights = contiguous(weights_in);
   advise_huge_pages(out);
@@ -128,21 +131,19 @@ void moe_gather_rows_cpu(const Tensor& rows_in, const Tensor& row_id_map, const 
            });
 }
 
-void moe_dot_rows_cpu(const Tensor& tokens_in, const Tensor& rows_in, const Tensor& row_id_map, const Tensor& out) {
-  const int64_t num_tokens = row_id_map.size(0), top_k = row_id_map.size(1), width = rows_in.size(1);
-  const auto map = row_id_map.contiguous(), rows = rows_in.contiguous(), tokens = tokens_in.contiguous();
+void moe_dot_rows_cpu(const Tensor& tokens_in, const Tensor& rows_in, const Tensor& row_id_map,
+                      const Tensor& out) {
+  const int64_t num_tokens = row_id_map.size(0), top_k = row_id_map.size(1),
+                width = rows_in.size(1);
+  const auto map = row_id_map.contiguous(), rows = rows_in.contiguous(),
+             tokens = tokens_in.contiguous();
   dispatch(rows.scalar_type(), out.scalar_type(), [&](auto scalar, auto weight) {
     using scalar_t = decltype(scalar);
     using weight_t = decltype(weight);
-    const cpu::MoeRows<scalar_t, weight_t> move{tokens.const_data_ptr<scalar_t>(),
-                                                width,
-                                                rows.const_data_ptr<scalar_t>(),
-                                                map.const_data_ptr<int64_t>(),
-                                                nullptr,
-                                                nullptr,
-                                                out.mutable_data_ptr<weight_t>(),
-                                                top_k,
-                                                width};
+    const cpu::MoeRows<scalar_t, weight_t> move{
+        tokens.const_data_ptr<scalar_t>(), width,   rows.const_data_ptr<scalar_t>(),
+        map.const_data_ptr<int64_t>(),     nullptr, nullptr,
+        out.mutable_data_ptr<weight_t>(),  top_k,   width};
     at::parallel_for(0, num_tokens, grain(top_k, width), [&](int64_t begin, int64_t end) {
       EQUIPOISE_CALL_CPU_KERNEL(dot_rows, move, begin, end);
     });

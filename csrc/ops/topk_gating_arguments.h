@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the backends of topk_gating are given: checked, flattened to [T, E], on one device. Internal.
+// What the backends of topk_gating are given: checked, flattened to [T, E], on one device.
+// Internal.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -32,11 +33,13 @@ struct TopKGatingOutputs {
 struct TopKGatingBackwardArguments {
   std::optional<at::Tensor> grad_weights;  ///< [T, K]
   std::optional<at::Tensor> grad_lse;      ///< [T]
-  std::optional<at::Tensor> grad_sums;     ///< [2 E + 5]; only prob_sum, sum w lse^2 and sum w H carry a gradient
-  at::Tensor logits;                       ///< [T, E], inner stride 1
-  at::Tensor topk_indices;                 ///< [T, K] int64, contiguous
-  std::optional<at::Tensor> lse;           ///< [T] as the forward gave it; absent without stats: then recomputed
-  std::optional<at::Tensor> token_mask;    ///< [T], bool or compute type, contiguous
+  std::optional<at::Tensor>
+      grad_sums;            ///< [2 E + 5]; only prob_sum, sum w lse^2 and sum w H carry a gradient
+  at::Tensor logits;        ///< [T, E], inner stride 1
+  at::Tensor topk_indices;  ///< [T, K] int64, contiguous
+  std::optional<at::Tensor>
+      lse;  ///< [T] as the forward gave it; absent without stats: then recomputed
+  std::optional<at::Tensor> token_mask;  ///< [T], bool or compute type, contiguous
   bool norm_topk_prob;
   double scaling_factor;
 };

@@ -5,8 +5,8 @@ Once per optimizer step, with C_e the tokens that expert e got during the step,
 
     b_e <- b_e + u sign(mean(C) - C_e)
 
-(Wang 2024, arXiv:2408.15664). An expert that got too little is chosen a little more often next time;
-the weights of the chosen experts come from the scores without the bias, so no gradient is bent.
+(Wang 2024, arXiv:2408.15664). An expert that got too little is chosen a little more often from then
+on; the weights of the chosen experts come from the scores without the bias, so no gradient is bent.
 The steps are so small (1e-3) that bfloat16 would lose them: the bias stays float32 whatever the
 model is cast to.
 """

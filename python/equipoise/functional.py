@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions over the ops, with named results. Shapes: T tokens, E experts, K = top_k, H features, N rows.
+"""Functions over the ops, with named results.
 
-Everything works on CPU and CUDA, for float64, float32, bfloat16 and float16, under ``torch.compile``,
-``torch.export`` and autocast, and is differentiable twice. Bad arguments raise ``RuntimeError`` with a message that
-names the op, the argument, what was wanted and what came.
+Shapes: T tokens, E experts, K = top_k, H features, N rows of the permuted buffer.
+
+Everything works on CPU and CUDA, for float64, float32, bfloat16 and float16, under
+``torch.compile``, ``torch.export`` and autocast, and is differentiable twice. Bad arguments raise
+``RuntimeError`` with a message that names the op, the argument, what was wanted and what came.
 """
 
 from collections.abc import Mapping
@@ -27,7 +29,8 @@ __all__ = [
     "z_loss",
 ]
 
-_SUMS_TAIL = 5  # scalars behind the two [E] parts of RoutingResult.sums; csrc/ops/routing_sums.h has the layout
+# Scalars behind the two [E] parts of RoutingResult.sums; csrc/ops/routing_sums.h has the layout.
+_SUMS_TAIL = 5
 
 
 class RoutingResult(NamedTuple):
@@ -40,9 +43,9 @@ class RoutingResult(NamedTuple):
     tokens_per_expert: Tensor
     """[E] int64 counts of the chosen slots."""
     lse: Tensor
-    """[...] logsumexp of each row, 0 for a masked token; differentiable; empty with ``stats=False``."""
+    """[...] logsumexp of each row, 0 for a masked one; differentiable; empty without stats."""
     sums: Tensor
-    """[2 E + 5] packed sums over the tokens; the properties below name its parts; empty with ``stats=False``."""
+    """[2 E + 5] sums over the tokens, parts named by the properties below; empty without stats."""
 
     @property
     def num_experts(self) -> int:
@@ -76,7 +79,7 @@ class RoutingResult(NamedTuple):
 
     @property
     def num_invalid(self) -> Tensor:
-        """Scalar, bad values met on CUDA, where they cannot raise: negative or NaN token weights."""
+        """Scalar, negative or NaN token weights met on CUDA, where they cannot raise."""
         return self.sums[..., -_SUMS_TAIL + 4]
 
 
@@ -97,12 +100,13 @@ def topk_gating(
     forced_indices: Tensor | None = None,
     stats: bool = True,
 ) -> RoutingResult:
-    """Scores, selection, weights, counts and every sum a balance loss needs, in one read of the logits.
+    """Weights, experts, counts and the sums of every balance loss, in one read of the logits.
 
-    ``p = softmax(logits)``; the ``top_k`` experts with the largest ``p + expert_bias`` are chosen (ties to the lowest
-    index); their weights are ``scaling_factor * p``, divided by the sum of the chosen ``p`` with ``norm_topk_prob``.
-    Softmax, then top-k, then renormalising equals top-k, then softmax, so ``norm_topk_prob=True`` is both. With
-    ``top_k=1`` it makes the weight ``scaling_factor`` and the gate gradient zero.
+    ``p = softmax(logits)``; the ``top_k`` experts with the largest ``p + expert_bias`` are chosen
+    (ties to the lowest index); their weights are ``scaling_factor * p``, divided by the sum of the
+    chosen ``p`` with ``norm_topk_prob``. Softmax, then top-k, then renormalising equals top-k,
+    then softmax, so ``norm_topk_prob=True`` is both. With ``top_k=1`` it makes the weight
+    ``scaling_factor`` and the gate gradient zero.
 
     Args:
         logits: [..., E]. NaN and -inf are absent experts: never chosen, p = 0. +inf counts as 1e18.
@@ -114,8 +118,9 @@ def topk_gating(
         num_groups: 1.
         group_topk: None.
         group_score: unused with one group.
-        token_mask: [...] bool, True = real token, or float weights >= 0 that scale a token's part in the sums. A
-            masked token gets indices -1 and weights 0 and is counted nowhere. No gradient.
+        token_mask: [...] bool, True = real token, or float weights >= 0 that scale a token's part
+            in the sums. A masked token gets indices -1 and weights 0 and is counted nowhere. No
+            gradient.
         segment_ids: None.
         num_segments: None.
         noise: None.
@@ -125,9 +130,11 @@ def topk_gating(
     Returns:
         RoutingResult.
 
-    Sources: Shazeer 2017 (arXiv:1701.06538), Fedus 2021 (arXiv:2101.03961), Wang 2024 (arXiv:2408.15664).
+    Sources: Shazeer 2017 (arXiv:1701.06538), Fedus 2021 (arXiv:2101.03961) and Wang 2024
+    (arXiv:2408.15664).
 
-    >>> r = topk_gating(torch.tensor([[0.0, 2.0, 1.0], [1.0, 0.0, 0.0]]), top_k=2, norm_topk_prob=True)
+    >>> logits = torch.tensor([[0.0, 2.0, 1.0], [1.0, 0.0, 0.0]])
+    >>> r = topk_gating(logits, top_k=2, norm_topk_prob=True)
     >>> r.topk_indices.tolist(), r.tokens_per_expert.tolist()
     ([[1, 2], [0, 1]], [1, 2, 1])
     >>> [round(w, 3) for w in r.topk_weights[0].tolist()]
@@ -155,12 +162,16 @@ def topk_gating(
 
 
 def expert_bincount(
-    indices: Tensor, num_experts: int, weights: Tensor | None = None, token_mask: Tensor | None = None
+    indices: Tensor,
+    num_experts: int,
+    weights: Tensor | None = None,
+    token_mask: Tensor | None = None,
 ) -> Tensor:
     """How many slots, or how much weight, each expert got, in O(E) memory and without a host sync.
 
     Args:
-        indices: [..., K] int64; -1 is skipped. Others outside [0, E) raise on the CPU and are skipped on CUDA.
+        indices: [..., K] int64; -1 is skipped. Others outside [0, E) raise on the CPU and are
+            skipped on CUDA.
         num_experts: E.
         weights: [..., K] float; the result is then their sum per expert, and differentiable.
         token_mask: [...] bool, True = real token.
@@ -175,7 +186,7 @@ def expert_bincount(
 
 
 class PermuteResult(NamedTuple):
-    """What ``moe_permute`` returns: N = T K rows, of which those after ``expert_offsets[E]`` are zero."""
+    """What ``moe_permute`` returns: N = T K rows, zero from ``expert_offsets[E]`` on."""
 
     permuted: Tensor
     """[N, H] rows, those of each expert together, in token order; differentiable."""
@@ -186,7 +197,7 @@ class PermuteResult(NamedTuple):
     tokens_per_expert: Tensor
     """[E] int64."""
     expert_offsets: Tensor
-    """[E + 1] int64; expert e has the rows from ``expert_offsets[e]`` to ``expert_offsets[e + 1]``."""
+    """[E + 1] int64; expert e has rows ``expert_offsets[e]`` to ``expert_offsets[e + 1]``."""
     kept_per_expert: Tensor
     """[E] int64, ``tokens_per_expert`` after any drop."""
     overflow: Tensor
@@ -207,7 +218,7 @@ def moe_permute(
     seed: int | None = None,
     output_rows: int | None = None,
 ) -> PermuteResult:
-    """Copies each token's row to each of its experts, the rows of one expert together, in token order.
+    """Copies each token's row to each of its experts: one expert's rows together, in token order.
 
     Args:
         x: [T, H].
@@ -226,7 +237,8 @@ def moe_permute(
     Returns:
         PermuteResult. Its sizes depend on shapes alone, so nothing waits for the device.
 
-    >>> p = moe_permute(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[1], [0], [1]]), num_experts=2)
+    >>> x, topk_indices = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[1], [0], [1]])
+    >>> p = moe_permute(x, topk_indices, num_experts=2)
     >>> p.permuted.flatten().tolist(), p.expert_offsets.tolist(), p.row_id_map.flatten().tolist()
     ([2.0, 1.0, 3.0], [0, 1, 3], [1, 0, 2])
     """
@@ -248,20 +260,25 @@ def moe_permute(
     )
 
 
-def moe_unpermute(permuted: Tensor, row_id_map: Tensor, topk_weights: Tensor | None = None) -> Tensor:
-    """Adds each token's rows up again: ``out[t] = sum_k topk_weights[t, k] * permuted[row_id_map[t, k]]``.
+def moe_unpermute(
+    permuted: Tensor, row_id_map: Tensor, topk_weights: Tensor | None = None
+) -> Tensor:
+    """Adds each token's rows up again, weighted.
 
-    The sum runs in slot order in float32 (float64 for float64) and is rounded once.
+    ``out[t] = sum_k topk_weights[t, k] * permuted[row_id_map[t, k]]``. The sum runs in slot order
+    in float32 (float64 for float64) and is rounded once.
 
     Args:
         permuted: [N, H].
         row_id_map: [T, K] int64 in [-1, N) from ``moe_permute``; no row may stand in it twice.
-        topk_weights: [T, K] float32 (float64 for float64 rows) or the dtype of ``permuted``; None means 1.
+        topk_weights: [T, K] float32 (float64 for float64 rows) or the dtype of ``permuted``; None
+            means 1.
 
     Returns:
         [T, H], dtype of ``permuted``.
 
-    >>> moe_unpermute(torch.tensor([[2.0], [1.0], [3.0]]), torch.tensor([[1], [0], [2]])).flatten().tolist()
+    >>> permuted, row_id_map = torch.tensor([[2.0], [1.0], [3.0]]), torch.tensor([[1], [0], [2]])
+    >>> moe_unpermute(permuted, row_id_map).flatten().tolist()
     [1.0, 2.0, 3.0]
     """
     return ops.moe_unpermute(permuted, row_id_map, topk_weights)
@@ -279,20 +296,20 @@ class LossReport(NamedTuple):
 
 
 def balance_loss(routing: RoutingResult, losses: Mapping[str, float | Tensor]) -> LossReport:
-    """A weighted set of balance losses from the sums of ``topk_gating``; never touches a [T, E] tensor.
+    """A weighted set of balance losses from the sums of ``topk_gating``; [T, E] is not touched.
 
     With f = load / (K W), P = prob_sum / W and W = num_tokens:
 
-    ====== =========================== ================================================================
-    switch ``E sum(f P)``, f detached  1 at balance; Fedus 2021 (arXiv:2101.03961)
-    z      ``mean(lse^2)``             ST-MoE (arXiv:2202.08906)
-    ====== =========================== ================================================================
+    - ``switch``: ``E sum(f P)``, f detached, 1 at balance (Fedus 2021, arXiv:2101.03961)
+    - ``z``: ``mean(lse^2)`` (ST-MoE, arXiv:2202.08906)
 
-    With K = E every expert gets every token: ``switch`` is then left out (value 0), with one warning.
+    With K = E every expert gets every token: ``switch`` is then left out (value 0), with one
+    warning.
 
     Args:
         routing: from ``topk_gating`` with ``stats=True``.
-        losses: name -> coefficient >= 0, a float or (for schedules under ``torch.compile``) a scalar tensor.
+        losses: name -> coefficient >= 0, a float or (for schedules under ``torch.compile``) a
+            scalar tensor.
 
     Returns:
         LossReport; float32, or float64 for float64 logits.
@@ -332,12 +349,14 @@ def _balance_loss(
         if not isinstance(value, Tensor) and not value >= 0:
             raise ValueError(f"balance_loss: the coefficient of '{name}' must be >= 0, got {value}")
     # Filled on the device: a copy from the host would wait for it.
-    coefficients = torch.stack([
-        value.detach().to(torch.float32)
-        if isinstance(value, Tensor)
-        else torch.full((), value, dtype=torch.float32, device=device)
-        for value in losses.values()
-    ])
+    coefficients = torch.stack(
+        [
+            value.detach().to(torch.float32)
+            if isinstance(value, Tensor)
+            else torch.full((), value, dtype=torch.float32, device=device)
+            for value in losses.values()
+        ]
+    )
     total, values = ops.balance_loss(
         routing.sums, coefficients, names, routing.top_k, guard_dense=guard_dense
     )

@@ -3,10 +3,12 @@
 
 With counts C_e, mean m and shares f_e = C_e / sum C:
 
-    cv = std(C) / m                       imbalance_ratio = max(C) / m
-    max_vio = (max(C) - m) / m            min_vio = (m - min(C)) / m      (Wang 2024, arXiv:2408.15664)
-    entropy = -sum f log f (nats)         perplexity = exp(entropy), the number of experts in effect
-    kl_to_uniform = log E - entropy       gini = sum_i (2 i - E - 1) C_(i) / (E sum C), C_(i) ascending
+    cv = std(C) / m                    imbalance_ratio = max(C) / m
+    max_vio = (max(C) - m) / m         min_vio = (m - min(C)) / m
+    entropy = -sum f log f (nats)      perplexity = exp(entropy), the number of experts in effect
+    kl_to_uniform = log E - entropy    gini = sum_i (2 i - E - 1) C_i / (E sum C), C ascending
+
+MaxVio is Wang 2024's (arXiv:2408.15664): relative, not in tokens.
 """
 
 import math

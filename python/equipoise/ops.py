@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The registered operators: ``torch.ops.equipoise.X``, which is what compiled graphs contain.
 
-Every name in ``__all__`` is one op; ``equipoise.functional`` has the doors with defaults and named results. Ops whose
-name ends in ``_backward`` are the gradients of the others.
+Every name in ``__all__`` is one op; ``equipoise.functional`` has the doors with defaults and named
+results. Ops whose name ends in ``_backward`` are the gradients of the others.
 
 >>> sorted(__all__)[0]
 'balance_loss'

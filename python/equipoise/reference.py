@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plain PyTorch meaning of every op: what tests, documentation and benchmarks hold the ops to.
 
-Nothing here is fast and everything here is short. Each function takes and returns what the op of the same name in
-``torch.ops.equipoise`` takes and returns (shapes: T tokens, E experts, K = top_k, H features), is differentiable by
-plain autograd to any order, and computes in float32 for half types and in float64 for float64.
+Nothing here is fast and everything here is short. Each function takes and returns what the op of
+the same name in ``torch.ops.equipoise`` takes and returns (shapes: T tokens, E experts, K = top_k,
+H features), is differentiable by plain autograd to any order, and computes in float32 for half
+types and in float64 for float64.
 """
 
 import torch
@@ -37,7 +38,9 @@ def topk_gating(
     absent = x.isnan() | (x == -torch.inf)
     weight = x.new_ones(x.shape[:-1]) if token_mask is None else token_mask.to(dtype)
     nan_rows = nan_rows & (weight > 0)
-    weight = weight.masked_fill(absent.all(-1), 0)  # a row without a present expert counts as masked
+    weight = weight.masked_fill(
+        absent.all(-1), 0
+    )  # a row without a present expert counts as masked
     counts_here = weight > 0
     # A masked row gets finite numbers, so that no gradient of it is NaN; it enters nothing.
     absent_here = absent & counts_here.unsqueeze(-1)
@@ -64,22 +67,29 @@ def topk_gating(
     chosen_map = torch.nn.functional.one_hot(indices, num_experts) * ~empty.unsqueeze(-1)
     chosen_map = chosen_map.sum(-2).reshape(-1, num_experts)
     w = weight.reshape(-1)
-    sums = torch.cat([
-        w @ p.reshape(-1, num_experts),
-        w @ chosen_map.to(dtype),
-        torch.stack([
-            w.sum(),
-            (w * lse.reshape(-1).square()).sum(),
-            (w * entropy.reshape(-1)).sum(),
-            nan_rows.sum().to(dtype),
-            w.new_zeros(()),
-        ]),
-    ])
+    sums = torch.cat(
+        [
+            w @ p.reshape(-1, num_experts),
+            w @ chosen_map.to(dtype),
+            torch.stack(
+                [
+                    w.sum(),
+                    (w * lse.reshape(-1).square()).sum(),
+                    (w * entropy.reshape(-1)).sum(),
+                    nan_rows.sum().to(dtype),
+                    w.new_zeros(()),
+                ]
+            ),
+        ]
+    )
     return weights, indices.masked_fill(empty, -1), chosen_map.sum(0), lse, sums
 
 
 def expert_bincount(
-    indices: Tensor, num_experts: int, weights: Tensor | None = None, token_mask: Tensor | None = None
+    indices: Tensor,
+    num_experts: int,
+    weights: Tensor | None = None,
+    token_mask: Tensor | None = None,
 ) -> Tensor:
     """Counts of each expert, by the one-hot tensor; see ``equipoise.functional.expert_bincount``.
 
@@ -123,7 +133,9 @@ def moe_permute(
     return permuted, weights, row_id_map, counts, offsets, counts.clone(), counts.new_zeros(())
 
 
-def moe_unpermute(permuted: Tensor, row_id_map: Tensor, topk_weights: Tensor | None = None) -> Tensor:
+def moe_unpermute(
+    permuted: Tensor, row_id_map: Tensor, topk_weights: Tensor | None = None
+) -> Tensor:
     """Each token's rows added up with its weights; see ``equipoise.functional.moe_unpermute``.
 
     >>> moe_unpermute(torch.tensor([[2.0], [1.0]]), torch.tensor([[1], [0]])).tolist()
@@ -137,10 +149,12 @@ def moe_unpermute(permuted: Tensor, row_id_map: Tensor, topk_weights: Tensor | N
     return rows.sum(1).to(permuted.dtype)
 
 
-def balance_loss(sums: Tensor, coefficients: Tensor, losses: list[str], top_k: int) -> tuple[Tensor, Tensor]:
+def balance_loss(
+    sums: Tensor, coefficients: Tensor, losses: list[str], top_k: int
+) -> tuple[Tensor, Tensor]:
     """Total and unscaled values of balance losses; see ``equipoise.functional.balance_loss``.
 
-    >>> sums = torch.tensor([1.5, 0.5, 2.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0])  # two tokens, both to expert 0
+    >>> sums = torch.tensor([1.5, 0.5, 2.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0])  # two tokens, expert 0
     >>> balance_loss(sums, torch.tensor([0.01]), ["switch"], 1)[1].tolist()
     [1.5]
     """

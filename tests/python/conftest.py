@@ -6,6 +6,7 @@ import torch
 
 import equipoise  # noqa: F401  (loads the library: torch.ops.equipoise)
 
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

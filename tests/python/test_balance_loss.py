@@ -13,7 +13,9 @@ def switch_by_hand(logits, top_k):
     """Fedus 2021, equations 4 to 6, with f over the K choices of a token so that it sums to 1."""
     experts = logits.size(-1)
     p = logits.softmax(-1)
-    indices = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]  # ties: lowest index
+    indices = logits.sort(dim=-1, descending=True, stable=True).indices[
+        :, :top_k
+    ]  # ties: lowest index
     chosen = torch.nn.functional.one_hot(indices, experts).sum(1).to(p.dtype)
     return experts * (chosen.mean(0) / top_k * p.mean(0)).sum()
 
@@ -35,11 +37,15 @@ def test_values_and_gradients_from_logits(tokens, experts, top_k, dtype):
     coefficient = dict(rtol=1e-6, atol=0)  # coefficients are float32
     torch.testing.assert_close(report.unscaled["switch"].double(), switch, **tight)
     torch.testing.assert_close(report.unscaled["z"].double(), z, **tight)
-    torch.testing.assert_close(report.total.double(), total, **(coefficient if dtype == torch.float64 else tight))
+    torch.testing.assert_close(
+        report.total.double(), total, **(coefficient if dtype == torch.float64 else tight)
+    )
     torch.testing.assert_close(report.scaled["z"].double(), 0.07 * z, rtol=1e-5, atol=0)
     (got,) = torch.autograd.grad(report.total, ours)
     (want,) = torch.autograd.grad(total, exact)
-    torch.testing.assert_close(got.double(), want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        got.double(), want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7
+    )
 
 
 def test_value_at_balance_and_at_collapse():
@@ -121,8 +127,13 @@ def test_opcheck():
     for requires_grad in (False, True):
         sums = sums_of().detach().requires_grad_(requires_grad)
         torch.library.opcheck(ops.balance_loss, (sums, coefficients, ["switch", "z"], 2))
-        gradients = (torch.tensor(1.0, requires_grad=requires_grad), torch.ones(2, requires_grad=requires_grad))
-        torch.library.opcheck(ops.balance_loss_backward, (*gradients, sums.detach(), coefficients, [0, 1], 2))
+        gradients = (
+            torch.tensor(1.0, requires_grad=requires_grad),
+            torch.ones(2, requires_grad=requires_grad),
+        )
+        torch.library.opcheck(
+            ops.balance_loss_backward, (*gradients, sums.detach(), coefficients, [0, 1], 2)
+        )
 
 
 def test_a_scheduled_coefficient_does_not_recompile():
@@ -171,13 +182,17 @@ def test_inductor_and_aot_inductor(tmp_path):
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(Loss(), fullgraph=True)(logits), Loss()(logits))
     exported = torch.export.export(Loss(), (logits,))
-    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "loss.pt2"))
+    package = torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(tmp_path / "loss.pt2")
+    )
     torch.testing.assert_close(torch._inductor.aoti_load_package(package)(logits), Loss()(logits))
 
 
 def test_bad_input():
     r = F.topk_gating(torch.randn(4, 3), 1)
-    with pytest.raises(RuntimeError, match="losses must be among 'switch' and 'z' in this version, got 'swich'"):
+    with pytest.raises(
+        RuntimeError, match="losses must be among 'switch' and 'z' in this version, got 'swich'"
+    ):
         F.balance_loss(r, {"swich": 1.0})
     with pytest.raises(ValueError, match="the coefficient of 'z' must be >= 0, got -1.0"):
         F.balance_loss(r, {"z": -1.0})

@@ -4,8 +4,9 @@
 import pytest
 import torch
 
+import equipoise
 import equipoise.functional as F
-from equipoise import cpp, nn
+from equipoise import _C, cpp, nn
 
 LAYER = {"d_model": 8, "d_hidden": 12, "num_experts": 5, "top_k": 2}
 TOLERANCE = {
@@ -169,6 +170,10 @@ def test_layer_trains_inside_a_python_module():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_library_and_package_have_one_version():
+    assert _C.version() == equipoise.__version__
 
 
 def test_repr_names_the_options():

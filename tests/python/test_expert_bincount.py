@@ -26,7 +26,9 @@ def sample_inputs(dtype=torch.float32):
 def test_values(dtype):
     for indices, experts, weights, mask in sample_inputs(dtype):
         got = F.expert_bincount(indices, experts, weights, mask)
-        want = reference.expert_bincount(indices, experts, None if weights is None else weights.double(), mask)
+        want = reference.expert_bincount(
+            indices, experts, None if weights is None else weights.double(), mask
+        )
         if weights is None:
             assert got.dtype == torch.int64 and torch.equal(got, want)
         else:
@@ -37,12 +39,16 @@ def test_values(dtype):
 
 def test_many_blocks_equal_torch_bincount():
     indices = torch.randint(0, 100, (50000, 4))
-    assert torch.equal(F.expert_bincount(indices, 100), torch.bincount(indices.flatten(), minlength=100))
+    assert torch.equal(
+        F.expert_bincount(indices, 100), torch.bincount(indices.flatten(), minlength=100)
+    )
 
 
 def test_shapes_and_layouts():
     indices = torch.randint(0, 6, (2, 3, 4, 2))
-    assert torch.equal(F.expert_bincount(indices, 6), torch.bincount(indices.flatten(), minlength=6))
+    assert torch.equal(
+        F.expert_bincount(indices, 6), torch.bincount(indices.flatten(), minlength=6)
+    )
     mask = torch.rand(2, 3, 4) < 0.5
     assert F.expert_bincount(indices, 6, token_mask=mask).sum() == 2 * mask.sum()
     view = torch.randint(0, 6, (4, 10)).t()
@@ -54,8 +60,12 @@ def test_gradients():
     for indices, experts, weights, mask in sample_inputs(torch.float64):
         if weights is not None and experts < 100:
             weights.requires_grad_()
-            assert gradcheck(lambda w, i=indices, e=experts, m=mask: F.expert_bincount(i, e, w, m), (weights,))
-            assert gradgradcheck(lambda w, i=indices, e=experts, m=mask: F.expert_bincount(i, e, w, m), (weights,))
+            assert gradcheck(
+                lambda w, i=indices, e=experts, m=mask: F.expert_bincount(i, e, w, m), (weights,)
+            )
+            assert gradgradcheck(
+                lambda w, i=indices, e=experts, m=mask: F.expert_bincount(i, e, w, m), (weights,)
+            )
 
 
 def test_gradient_dtype_follows_the_weights():
@@ -83,7 +93,10 @@ def test_compile_and_export(compiled):
 
     fast = compiled(count)
     for tokens in (3, 5):
-        indices, weights = torch.randint(-1, 6, (tokens, 2)), torch.rand(tokens, 2, requires_grad=True)
+        indices, weights = (
+            torch.randint(-1, 6, (tokens, 2)),
+            torch.rand(tokens, 2, requires_grad=True),
+        )
         other = weights.detach().clone().requires_grad_()
         (counts, total), (want_counts, want_total) = fast(indices, weights), count(indices, other)
         assert torch.equal(counts, want_counts)
@@ -96,7 +109,9 @@ def test_compile_and_export(compiled):
             return F.expert_bincount(indices, 6)
 
     indices = torch.randint(-1, 6, (5, 2))
-    exported = torch.export.export(Count(), (indices,), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},))
+    exported = torch.export.export(
+        Count(), (indices,), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},)
+    )
     other = torch.randint(-1, 6, (9, 2))
     assert torch.equal(exported.module()(other), F.expert_bincount(other, 6))
 
@@ -111,7 +126,9 @@ def test_inductor_and_aot_inductor(tmp_path):
     want = Count()(indices)
     assert torch.equal(torch.compile(Count(), fullgraph=True)(indices), want)
     exported = torch.export.export(Count(), (indices,))
-    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "count.pt2"))
+    package = torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(tmp_path / "count.pt2")
+    )
     assert torch.equal(torch._inductor.aoti_load_package(package)(indices), want)
 
 
@@ -137,8 +154,14 @@ def test_same_bits_for_any_number_of_threads():
         ((torch.zeros((), dtype=torch.long), 4), "indices must have shape"),
         ((torch.zeros(2, 2, dtype=torch.long), 0), "num_experts must be at least 1, got 0"),
         ((torch.zeros(2, 2, dtype=torch.long), 4, torch.zeros(2, 3)), "weights must have shape"),
-        ((torch.zeros(2, 2, dtype=torch.long), 4, None, torch.ones(2)), "token_mask must be Bool, got Float"),
-        ((torch.zeros(2, 2, dtype=torch.long), 4, None, torch.ones(3).bool()), "token_mask must have shape"),
+        (
+            (torch.zeros(2, 2, dtype=torch.long), 4, None, torch.ones(2)),
+            "token_mask must be Bool, got Float",
+        ),
+        (
+            (torch.zeros(2, 2, dtype=torch.long), 4, None, torch.ones(3).bool()),
+            "token_mask must have shape",
+        ),
     ],
 )
 def test_bad_input(arguments, message):

@@ -12,7 +12,13 @@ from equipoise import ops, reference
 
 def sample_inputs(dtype=torch.float32):
     """(x, topk_indices, num_experts, topk_weights)."""
-    for tokens, top_k, experts, width in [(5, 2, 4, 3), (1, 1, 1, 1), (33, 8, 40, 17), (20, 3, 300, 64), (6, 4, 2, 5)]:
+    for tokens, top_k, experts, width in [
+        (5, 2, 4, 3),
+        (1, 1, 1, 1),
+        (33, 8, 40, 17),
+        (20, 3, 300, 64),
+        (6, 4, 2, 5),
+    ]:
         x = torch.randn(tokens, width, dtype=torch.float64).to(dtype)
         indices = torch.randint(-1, experts, (tokens, top_k))
         yield x, indices, experts, None
@@ -24,7 +30,9 @@ def test_values(dtype):
     """Rows are only copied, so they are equal to the bit."""
     for x, indices, experts, weights in sample_inputs(dtype):
         got = F.moe_permute(x, indices, experts, weights)
-        for name, a, b in zip(got._fields, got, reference.moe_permute(x, indices, experts, weights), strict=True):
+        for name, a, b in zip(
+            got._fields, got, reference.moe_permute(x, indices, experts, weights), strict=True
+        ):
             assert a.dtype == b.dtype and torch.equal(a, b), name
 
 
@@ -48,7 +56,9 @@ def test_rows_behind_the_last_offset_are_zero():
 
 def test_large_rows_that_take_huge_pages():
     x, indices = torch.randn(600, 1024), torch.randint(0, 7, (600, 4))
-    assert torch.equal(F.moe_permute(x, indices, 7).permuted, reference.moe_permute(x, indices, 7)[0])
+    assert torch.equal(
+        F.moe_permute(x, indices, 7).permuted, reference.moe_permute(x, indices, 7)[0]
+    )
 
 
 def test_counts_of_gating_are_accepted():
@@ -80,7 +90,11 @@ def test_gradients():
     for x, indices, experts, weights in sample_inputs(torch.float64):
         if x.numel() > 400:
             continue
-        inputs = (x.requires_grad_(),) if weights is None else (x.requires_grad_(), weights.requires_grad_())
+        inputs = (
+            (x.requires_grad_(),)
+            if weights is None
+            else (x.requires_grad_(), weights.requires_grad_())
+        )
 
         def permute(x, weights=None, indices=indices, experts=experts):
             return F.moe_permute(x, indices, experts, weights)[: 1 if weights is None else 2]
@@ -100,14 +114,22 @@ def test_opcheck():
     for x, indices, experts, weights in sample_inputs():
         if x.numel() <= 400:
             torch.library.opcheck(ops.moe_permute, (x, indices, experts, weights))
-            inputs = (x.requires_grad_(), indices, experts, None if weights is None else weights.requires_grad_())
+            inputs = (
+                x.requires_grad_(),
+                indices,
+                experts,
+                None if weights is None else weights.requires_grad_(),
+            )
             torch.library.opcheck(ops.moe_permute, inputs)
 
 
 def test_compile_and_export(compiled):
     def move(x, indices, weights):
         p = F.moe_permute(x * 2, indices, 5, weights)
-        return F.moe_unpermute(p.permuted, p.row_id_map, weights).square().sum() + p.permuted_weights.sum()
+        return (
+            F.moe_unpermute(p.permuted, p.row_id_map, weights).square().sum()
+            + p.permuted_weights.sum()
+        )
 
     fast = compiled(move)
     for tokens in (3, 6):
@@ -164,22 +186,36 @@ def test_same_bits_for_any_number_of_threads():
 @pytest.mark.parametrize(
     "change,message",
     [
-        (dict(topk_indices=torch.tensor([[4], [0]])), r"topk_indices must be in \[-1, num_experts = 4\), got 4"),
+        (
+            dict(topk_indices=torch.tensor([[4], [0]])),
+            r"topk_indices must be in \[-1, num_experts = 4\), got 4",
+        ),
         (dict(topk_indices=torch.tensor([[-2], [0]])), r"topk_indices must be in .*got -2"),
         (dict(topk_indices=None), "topk_indices must be given"),
-        (dict(topk_indices=torch.zeros(3, 1, dtype=torch.long)), r"topk_indices must have shape \[T, K\] with T = 2"),
+        (
+            dict(topk_indices=torch.zeros(3, 1, dtype=torch.long)),
+            r"topk_indices must have shape \[T, K\] with T = 2",
+        ),
         (dict(topk_indices=torch.zeros(2, 1)), "topk_indices must be Long, got Float"),
         (dict(x=torch.zeros(2)), r"x must have shape \[T, H\]"),
         (dict(x=torch.zeros(2, 3, dtype=torch.int32)), "x must be float32"),
         (dict(num_experts=0), "num_experts must be at least 1"),
         (dict(topk_weights=torch.zeros(2, 2)), r"topk_weights must have shape \[T, K\]"),
-        (dict(tokens_per_expert=torch.zeros(3, dtype=torch.long)), r"tokens_per_expert must have shape \[E\]"),
-        (dict(tokens_per_expert=torch.zeros(4, dtype=torch.long)), "tokens_per_expert must be the counts"),
+        (
+            dict(tokens_per_expert=torch.zeros(3, dtype=torch.long)),
+            r"tokens_per_expert must have shape \[E\]",
+        ),
+        (
+            dict(tokens_per_expert=torch.zeros(4, dtype=torch.long)),
+            "tokens_per_expert must be the counts",
+        ),
         (dict(align=8), "align must be 1"),
         (dict(capacity=3), "capacity is not accepted"),
     ],
 )
 def test_bad_input(change, message):
-    arguments = dict(x=torch.zeros(2, 3), topk_indices=torch.tensor([[1], [0]]), num_experts=4) | change
+    arguments = (
+        dict(x=torch.zeros(2, 3), topk_indices=torch.tensor([[1], [0]]), num_experts=4) | change
+    )
     with pytest.raises(RuntimeError, match=f"moe_permute: {message}"):
         F.moe_permute(**arguments)

@@ -11,9 +11,16 @@ from equipoise import ops, reference
 
 
 def sample_inputs(dtype=torch.float32):
-    """(permuted, row_id_map, topk_weights): a map as moe_permute makes it, with weights of every allowed type."""
+    """(permuted, row_id_map, topk_weights): a map as moe_permute makes it, with weights of every
+    allowed type.
+    """
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    for tokens, top_k, experts, width in [(5, 2, 4, 3), (1, 1, 1, 1), (20, 8, 9, 70), (6, 3, 4, 129)]:
+    for tokens, top_k, experts, width in [
+        (5, 2, 4, 3),
+        (1, 1, 1, 1),
+        (20, 8, 9, 70),
+        (6, 3, 4, 129),
+    ]:
         indices = torch.randint(-1, experts, (tokens, top_k))
         row_id_map = F.moe_permute(torch.zeros(tokens, 1), indices, experts).row_id_map
         permuted = torch.randn(tokens * top_k, width, dtype=torch.float64).to(dtype)
@@ -66,7 +73,9 @@ def test_gradients():
     for permuted, row_id_map, weights in sample_inputs(torch.float64):
         if permuted.numel() > 400:
             continue
-        inputs = [permuted.requires_grad_()] + ([] if weights is None else [weights.requires_grad_()])
+        inputs = [permuted.requires_grad_()] + (
+            [] if weights is None else [weights.requires_grad_()]
+        )
 
         def unpermute(permuted, weights=None, row_id_map=row_id_map):
             return F.moe_unpermute(permuted, row_id_map, weights)
@@ -83,7 +92,9 @@ def test_gradients_match_the_reference(dtype):
         exact = [i.double().requires_grad_() for i in inputs]
         probe = torch.randn(row_id_map.size(0), permuted.size(1)).to(dtype)
         got = torch.autograd.grad(F.moe_unpermute(ours[0], row_id_map, *ours[1:]), ours, probe)
-        want = torch.autograd.grad(reference.moe_unpermute(exact[0], row_id_map, *exact[1:]), exact, probe.double())
+        want = torch.autograd.grad(
+            reference.moe_unpermute(exact[0], row_id_map, *exact[1:]), exact, probe.double()
+        )
         for a, b, i in zip(got, want, inputs, strict=True):
             assert a.dtype == i.dtype
             bounds = tolerance(i.dtype)
@@ -98,7 +109,11 @@ def test_opcheck():
             saved = None if weights is None else permuted
             backward = (grad, saved, row_id_map, weights, permuted.size(0))
             torch.library.opcheck(ops.moe_unpermute_backward, backward)
-            inputs = (permuted.requires_grad_(), row_id_map, None if weights is None else weights.requires_grad_())
+            inputs = (
+                permuted.requires_grad_(),
+                row_id_map,
+                None if weights is None else weights.requires_grad_(),
+            )
             torch.library.opcheck(ops.moe_unpermute, inputs)
 
 
@@ -121,12 +136,18 @@ def test_compile(compiled):
     "change,message",
     [
         (dict(row_id_map=torch.tensor([[4], [0]])), r"row_id_map must be in \[-1, N = 4\), got 4"),
-        (dict(row_id_map=torch.tensor([[-2], [0]])), r"row_id_map must be in \[-1, N = 4\), got -2"),
+        (
+            dict(row_id_map=torch.tensor([[-2], [0]])),
+            r"row_id_map must be in \[-1, N = 4\), got -2",
+        ),
         (dict(row_id_map=torch.zeros(2, dtype=torch.long)), r"row_id_map must have shape \[T, K\]"),
         (dict(row_id_map=torch.zeros(2, 1)), "row_id_map must be Long"),
         (dict(permuted=torch.zeros(4)), "permuted must have two dimensions"),
         (dict(topk_weights=torch.zeros(2, 2)), r"topk_weights must have shape \[T, K\]"),
-        (dict(topk_weights=torch.zeros(2, 1).half()), "topk_weights must be Float or the dtype of permuted"),
+        (
+            dict(topk_weights=torch.zeros(2, 1).half()),
+            "topk_weights must be Float or the dtype of permuted",
+        ),
     ],
 )
 def test_bad_input(change, message):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""topk_gating against its plain PyTorch meaning: values, gradients, second gradients, tracing, edge cases."""
+"""topk_gating against its plain PyTorch meaning: values, gradients, second gradients, tracing,
+edge cases.
+"""
 
 import os
 import subprocess
@@ -99,22 +101,33 @@ def test_ties_go_to_the_lowest_index(experts, top_k):
 
 def test_absent_experts():
     inf, nan = torch.inf, torch.nan
-    logits = torch.tensor([
-        [1.0, -inf, 0.0, nan],
-        [-inf, -inf, -inf, -inf],
-        [nan, nan, nan, nan],
-        [inf, 0.0, inf, -inf],
-        [-inf, -inf, 3.0, -inf],
-    ])
+    logits = torch.tensor(
+        [
+            [1.0, -inf, 0.0, nan],
+            [-inf, -inf, -inf, -inf],
+            [nan, nan, nan, nan],
+            [inf, 0.0, inf, -inf],
+            [-inf, -inf, 3.0, -inf],
+        ]
+    )
     for bias in (None, torch.tensor([0.0, 9.0, 0.0, 9.0])):
         r = F.topk_gating(logits, 3, norm_topk_prob=True, expert_bias=bias)
-        assert r.topk_indices.tolist() == [[0, 2, -1], [-1, -1, -1], [-1, -1, -1], r.topk_indices[3].tolist(), [2, -1, -1]]
+        assert r.topk_indices.tolist() == [
+            [0, 2, -1],
+            [-1, -1, -1],
+            [-1, -1, -1],
+            r.topk_indices[3].tolist(),
+            [2, -1, -1],
+        ]
         assert sorted(r.topk_indices[3].tolist()) == [0, 1, 2]
         assert r.num_nan_rows.item() == 2
         assert r.num_tokens.item() == 3
         assert r.lse[1] == 0 and r.lse[2] == 0
         assert torch.isfinite(r.sums).all() and torch.isfinite(r.topk_weights).all()
-        torch.testing.assert_close(r.topk_weights[3, :2], torch.tensor([0.5, 0.5]) if bias is None else r.topk_weights[3, :2])
+        torch.testing.assert_close(
+            r.topk_weights[3, :2],
+            torch.tensor([0.5, 0.5]) if bias is None else r.topk_weights[3, :2],
+        )
 
 
 def test_masked_tokens_enter_nothing():
@@ -168,7 +181,9 @@ def test_no_tokens():
 
 
 def test_huge_rows_apart():
-    """Offsets beyond 2^31: three rows a huge stride apart, over memory that is reserved and never touched."""
+    """Offsets beyond 2^31: three rows a huge stride apart, over memory that is reserved and never
+    touched.
+    """
     import mmap
 
     stride = 3 << 29  # elements; rows 0, 1.6e9, 3.2e9
@@ -188,7 +203,10 @@ def test_huge_rows_apart():
 
 def test_without_statistics():
     for logits, arguments in sample_inputs():
-        full, lean = F.topk_gating(logits, **arguments), F.topk_gating(logits, **arguments, stats=False)
+        full, lean = (
+            F.topk_gating(logits, **arguments),
+            F.topk_gating(logits, **arguments, stats=False),
+        )
         assert lean.lse.numel() == 0 and lean.sums.numel() == 0
         assert torch.equal(full.topk_indices, lean.topk_indices)
         torch.testing.assert_close(full.topk_weights, lean.topk_weights)
@@ -199,11 +217,13 @@ def test_without_statistics():
         torch.testing.assert_close(x.grad, y.grad)
 
 
-# ---- gradients ---------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 
 def differentiable_outputs(function):
-    """A function of the logits whose outputs are all differentiable: without load, weight sums and counts."""
+    """A function of the logits whose outputs are all differentiable: without load, weight sums and
+    counts.
+    """
 
     def outputs(logits, arguments):
         weights, indices, _, lse, sums = function(logits, **arguments)
@@ -239,12 +259,21 @@ def test_gradients_match_the_reference(dtype):
         probes = [torch.randn_like(w) for w in want]
         subsets = [range(4), [0], [1], [2], [3], [0, 2]]
         for subset in subsets:  # an absent gradient takes another path through the kernel
-            (a,) = torch.autograd.grad([got[i] for i in subset], x, [probes[i].to(got[i].dtype) for i in subset], retain_graph=True)
-            (b,) = torch.autograd.grad([want[i] for i in subset], exact, [probes[i] for i in subset], retain_graph=True)
+            (a,) = torch.autograd.grad(
+                [got[i] for i in subset],
+                x,
+                [probes[i].to(got[i].dtype) for i in subset],
+                retain_graph=True,
+            )
+            (b,) = torch.autograd.grad(
+                [want[i] for i in subset], exact, [probes[i] for i in subset], retain_graph=True
+            )
             assert a.dtype == dtype
             scale = b.abs().max().item() + 1
             bounds = tolerance(dtype)
-            torch.testing.assert_close(a.double(), b, rtol=bounds["rtol"], atol=bounds["atol"] * scale)
+            torch.testing.assert_close(
+                a.double(), b, rtol=bounds["rtol"], atol=bounds["atol"] * scale
+            )
 
 
 def test_composite_backward_equals_the_kernel():
@@ -266,7 +295,7 @@ def test_top_1_renormalised_has_no_gate_gradient():
     assert (logits.grad == 0).all()
 
 
-# ---- tracing -----------------------------------------------------------------------------------------
+# ---- tracing -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", range(9))
@@ -282,9 +311,18 @@ def test_opcheck(case):
 def test_opcheck_backward(norm):
     logits = make_logits(5, 6)
     weights, indices, _, lse, sums = ops.topk_gating(logits, 2)
-    arguments = (torch.randn_like(weights), torch.randn_like(lse), torch.randn_like(sums), logits, indices, lse)
+    arguments = (
+        torch.randn_like(weights),
+        torch.randn_like(lse),
+        torch.randn_like(sums),
+        logits,
+        indices,
+        lse,
+    )
     torch.library.opcheck(ops.topk_gating_backward, (*arguments, "softmax", norm, 1.0))
-    differentiable = tuple(a.clone().requires_grad_() if a.is_floating_point() else a for a in arguments[:5])
+    differentiable = tuple(
+        a.clone().requires_grad_() if a.is_floating_point() else a for a in arguments[:5]
+    )
     torch.library.opcheck(
         ops.topk_gating_backward,
         (*differentiable, lse, "softmax", norm, 1.0),
@@ -328,11 +366,17 @@ def test_export():
 def test_inductor_and_aot_inductor(tmp_path):
     logits = make_logits(9, 6)
     torch._dynamo.reset()
-    for got, want in zip(torch.compile(Gate(), fullgraph=True)(logits), Gate()(logits), strict=True):
+    for got, want in zip(
+        torch.compile(Gate(), fullgraph=True)(logits), Gate()(logits), strict=True
+    ):
         torch.testing.assert_close(got, want)
     exported = torch.export.export(Gate(), (logits,))
-    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "gate.pt2"))
-    for got, want in zip(torch._inductor.aoti_load_package(package)(logits), Gate()(logits), strict=True):
+    package = torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(tmp_path / "gate.pt2")
+    )
+    for got, want in zip(
+        torch._inductor.aoti_load_package(package)(logits), Gate()(logits), strict=True
+    ):
         torch.testing.assert_close(got, want)
 
 
@@ -349,7 +393,7 @@ def test_meta_device():
     assert r.topk_weights.shape == (3, 4, 2) and r.sums.shape == (17,) and r.lse.shape == (3, 4)
 
 
-# ---- determinism -------------------------------------------------------------------------------------
+# ---- determinism ---------------------------------------------------------------------------------
 
 
 def test_same_bits_for_any_number_of_threads():
@@ -375,13 +419,19 @@ def test_every_instruction_set_chooses_the_same_experts():
         "import torch, equipoise.functional as F; torch.manual_seed(1);"
         "x = torch.randn(300, 100); x[::7] = x[::7].round(); r = F.topk_gating(x.bfloat16(), 8);"
         "s = F.topk_gating(x, 8, norm_topk_prob=True); d = F.topk_gating(x.double(), 20);"
-        "print(r.topk_indices.sum(0).tolist(), s.topk_indices.sum(0).tolist(), d.topk_indices.sum(0).tolist(),"
+        "print(*[g.topk_indices.sum(0).tolist() for g in (r, s, d)],"
         " [round(v, 4) for v in r.sums.tolist() + s.sums.tolist()])"
     )
     outputs = []
     for capability in ("default", "avx2", "avx512"):
         environment = dict(os.environ, ATEN_CPU_CAPABILITY=capability)
-        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         outputs.append(run.stdout)
     indices = [output.split("[round")[0].rsplit("[", 1)[0] for output in outputs]
     assert indices[0] == indices[1] == indices[2]
@@ -390,7 +440,7 @@ def test_every_instruction_set_chooses_the_same_experts():
     torch.testing.assert_close(sums[0], sums[2], rtol=1e-4, atol=2e-4)
 
 
-# ---- bad input ---------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -401,14 +451,46 @@ def test_every_instruction_set_chooses_the_same_experts():
         (torch.zeros(2, 4, dtype=torch.long), dict(top_k=1), "logits must be float32.*got Long"),
         (torch.zeros(()), dict(top_k=1), "logits must have shape"),
         (torch.zeros(2, 0), dict(top_k=1), "logits must have at least one expert"),
-        (torch.zeros(2, 4), dict(top_k=1, score_function="tanh"), "score_function must be .*got 'tanh'"),
-        (torch.zeros(2, 4), dict(top_k=1, expert_bias=torch.zeros(3)), r"expert_bias must have shape \[E\]"),
-        (torch.zeros(2, 4), dict(top_k=1, expert_bias=torch.zeros(4).bfloat16()), "expert_bias must be float32"),
-        (torch.zeros(2, 4), dict(top_k=1, token_mask=torch.ones(3).bool()), "token_mask must have shape"),
-        (torch.zeros(2, 4), dict(top_k=1, token_mask=torch.ones(2).long()), "token_mask must be bool or floating"),
-        (torch.zeros(2, 4), dict(top_k=1, token_mask=torch.tensor([1.0, -1.0])), "token_mask must hold weights >= 0"),
-        (torch.zeros(2, 4), dict(top_k=1, token_mask=torch.tensor([1.0, torch.nan])), "token_mask must hold weights"),
-        (torch.zeros(2, 4), dict(top_k=1, token_mask=torch.ones(2, device="meta")), "token_mask must be on the device"),
+        (
+            torch.zeros(2, 4),
+            dict(top_k=1, score_function="tanh"),
+            "score_function must be .*got 'tanh'",
+        ),
+        (
+            torch.zeros(2, 4),
+            dict(top_k=1, expert_bias=torch.zeros(3)),
+            r"expert_bias must have shape \[E\]",
+        ),
+        (
+            torch.zeros(2, 4),
+            dict(top_k=1, expert_bias=torch.zeros(4).bfloat16()),
+            "expert_bias must be float32",
+        ),
+        (
+            torch.zeros(2, 4),
+            dict(top_k=1, token_mask=torch.ones(3).bool()),
+            "token_mask must have shape",
+        ),
+        (
+            torch.zeros(2, 4),
+            dict(top_k=1, token_mask=torch.ones(2).long()),
+            "token_mask must be bool or floating",
+        ),
+        (
+            torch.zeros(2, 4),
+            dict(top_k=1, token_mask=torch.tensor([1.0, -1.0])),
+            "token_mask must hold weights >= 0",
+        ),
+        (
+            torch.zeros(2, 4),
+            dict(top_k=1, token_mask=torch.tensor([1.0, torch.nan])),
+            "token_mask must hold weights",
+        ),
+        (
+            torch.zeros(2, 4),
+            dict(top_k=1, token_mask=torch.ones(2, device="meta")),
+            "token_mask must be on the device",
+        ),
         (torch.zeros(2, 4), dict(top_k=1, num_groups=2), "num_groups must be 1"),
     ],
 )

@@ -21,6 +21,7 @@ class SwitchBalanceLoss(nn.Module):
         ValueError: a negative coefficient.
 
     Example:
+        >>> import torch
         >>> balance = SwitchBalanceLoss(coeff=1e-2)
         >>> routing = F.topk_gating(torch.zeros(4, 8), top_k=2)  # probabilities all 1/8
         >>> round(balance(routing).item(), 6)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Mixture-of-Experts layer: route, bring each expert's tokens together, two grouped GEMMs, bring back.
+"""The Mixture-of-Experts layer: route, permute, two grouped GEMMs, unpermute.
 
     y_t = sum_k weight_tk w_out[e] act(w_in[e] x_t),   e = topk_indices[t, k]
 
@@ -134,7 +134,9 @@ class MoELayer(nn.Module):
         self.activation = activation
         self.router = router
         d_in = 2 * d_hidden if activation == "swiglu" else d_hidden
-        self.w_in = nn.Parameter(torch.empty(num_experts, d_in, d_model, device=device, dtype=dtype))
+        self.w_in = nn.Parameter(
+            torch.empty(num_experts, d_in, d_model, device=device, dtype=dtype)
+        )
         self.w_out = nn.Parameter(
             torch.empty(num_experts, d_model, d_hidden, device=device, dtype=dtype)
         )

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+# Sets up .venv and build/ by itself; nothing outside this directory is changed.
+#   make demo          train a small MoE model three times and write report/ (ARGS="--steps 50" is passed on)
+#   make test          GoogleTest, a foreign CMake project, pytest and the doctests
+#   make bench         side-by-side tables (ARGS= is passed on)
+#   make format        ruff and clang-format;  make format-check only looks
+#   make clean         removes build/ and report/ (.venv stays)
+# EQUIPOISE_CUDA=0 or 1 overrides whether the CUDA kernels are compiled.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-cpp test-consumer test-python bench format format-check clean prerequisites FORCE
+
+PYTHON ?= python3
+JOBS ?= 2
+bin := .venv/bin
+export PATH := $(CURDIR)/$(bin):$(PATH)
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:
+	@sed -n '/^#   make/s/^#   //p' Makefile
+
+# ---- what the machine must have ----------------------------------------------------------------------
+prerequisites:
+	@command -v $(PYTHON) >/dev/null || { echo "python3 3.11 or newer is needed: apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 3.11 or newer is needed, this is $$($(PYTHON) -V): name another with PYTHON="; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "python3 has no venv: apt-get install python3-venv"; exit 1; }
+	@major=$$($${CXX:-g++} -dumpversion 2>/dev/null | cut -d. -f1); [ "$${major:-0}" -ge 11 ] || { echo "g++ 11 or newer is needed: apt-get install g++"; exit 1; }
+
+# ---- .venv: stamps are files in it, so that removing it starts over --------------------------------------
+requirements = $(bin)/python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))$(1)))"
+
+$(bin)/python: | prerequisites
+	$(PYTHON) -m venv .venv
+
+.venv/torch.stamp: pyproject.toml | $(bin)/python
+	@echo "installing torch (several GB, once)"
+	$(bin)/pip install -q -r <($(call requirements,['build-system']['requires']))
+	@version=$$(cmake --version 2>/dev/null | sed -n 's/^cmake version //p'); \
+	if [ "$$(printf '%s\n' 3.25 "$${version:-0}" | sort -V | head -1)" != 3.25 ]; then $(bin)/pip install -q 'cmake>=3.25'; fi
+	@command -v ninja >/dev/null || $(bin)/pip install -q ninja
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml | $(bin)/python
+	$(bin)/pip install -q -r <($(call requirements,['project']['optional-dependencies']['dev']))
+	@touch $@
+
+# ---- the wheel, installed as a user gets it ------------------------------------------------------------
+sources := CMakeLists.txt setup.py pyproject.toml $(shell find csrc cuda cmake python \
+  \( -name __pycache__ -o -name '*.egg-info' \) -prune -o -print)
+settings := $(EQUIPOISE_CUDA)|$(CMAKE_ARGS)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)|$(shell command -v nvcc)
+
+.venv/settings.stamp: FORCE | $(bin)/python
+	@cmp -s <(echo '$(settings)') $@ || echo '$(settings)' > $@
+
+.venv/equipoise.stamp: $(sources) .venv/torch.stamp .venv/settings.stamp | prerequisites
+	@mkdir -p build
+	@echo "building and installing equipoise (log: build/install.log)"
+	@$(bin)/pip install -v --no-build-isolation '.[test]' 2>&1 | tee build/install.log \
+	  | sed -unE -e 's/^ *(\[ *[0-9]+(\/[0-9]+|%)\] .*)/\1/p' -e 's/^ *-- (equipoise .*)/\1/p' \
+	  || { tail -n 60 build/install.log; exit 1; }
+	@touch $@
+
+demo: .venv/equipoise.stamp
+	$(bin)/python -m equipoise.demo $(ARGS)
+
+bench: .venv/equipoise.stamp
+	$(bin)/python benchmarks/gating.py $(ARGS)
+
+# ---- tests ---------------------------------------------------------------------------------------------
+test: test-cpp test-consumer test-python
+	@echo "---- summary"
+	@$(bin)/python -c "import torch; from equipoise import _build; \
+	  print('CUDA kernels:', 'compiled,' if _build.cuda else 'not compiled (no toolkit, or EQUIPOISE_CUDA=0),', \
+	        'run on ' + torch.cuda.get_device_name() if _build.cuda and torch.cuda.is_available() else 'not run (no GPU)')"
+	@grep -E 'tests passed' build/ctest.log
+	@tail -n 1 build/consumer.log
+	@tail -n 1 build/pytest.log
+
+# The C++ tests are built in the tree that the wheel was built in, so that the library is compiled once.
+test-cpp: .venv/equipoise.stamp
+	cmake -S . -B build/cmake -DBUILD_TESTING=ON > build/configure.log || { cat build/configure.log; exit 1; }
+	cmake --build build/cmake
+	ctest --test-dir build/cmake --output-on-failure -j $(JOBS) | tee build/ctest.log
+
+test-consumer: .venv/equipoise.stamp
+	cmake -S tests/consumer -B build/consumer -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_PREFIX_PATH="$$($(bin)/python -c 'import equipoise; print(equipoise.cmake_prefix_path)')"
+	cmake --build build/consumer
+	build/consumer/consumer | tee build/consumer.log
+
+test-python: .venv/equipoise.stamp
+	$(bin)/python -m pytest --doctest-modules tests/python --pyargs equipoise $(ARGS) | tee build/pytest.log
+
+# ---- style ---------------------------------------------------------------------------------------------
+cpp_files = $(shell find csrc cuda tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+format: .venv/dev.stamp
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	$(bin)/clang-format -i $(cpp_files)
+
+format-check: .venv/dev.stamp
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/clang-format --dry-run --Werror $(cpp_files)
+
+clean:
+	rm -rf build report python/*.egg-info .pytest_cache .ruff_cache
+	rm -f .venv/equipoise.stamp
