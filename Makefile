@@ -27,7 +27,7 @@ prerequisites:
 	@command -v $(PYTHON) >/dev/null || { echo "python3 3.11 or newer is needed: apt-get install python3 python3-venv"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 3.11 or newer is needed, this is $$($(PYTHON) -V): name another with PYTHON="; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "python3 has no venv: apt-get install python3-venv"; exit 1; }
-	@major=$$($${CXX:-g++} -dumpversion 2>/dev/null | cut -d. -f1); [ "$${major:-0}" -ge 11 ] || { echo "g++ 11 or newer is needed: apt-get install g++"; exit 1; }
+	@major=$$( ($${CXX:-g++} -dumpversion 2>/dev/null || true) | cut -d. -f1); [ "$${major:-0}" -ge 11 ] || { echo "g++ 11 or newer is needed: apt-get install g++"; exit 1; }
 
 # ---- .venv: stamps are files in it, so that removing it starts over --------------------------------------
 requirements = $(bin)/python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))$(1)))"
@@ -37,14 +37,15 @@ $(bin)/python: | prerequisites
 
 .venv/torch.stamp: pyproject.toml | $(bin)/python
 	@echo "installing torch (several GB, once)"
-	$(bin)/pip install -q -r <($(call requirements,['build-system']['requires']))
-	@version=$$(cmake --version 2>/dev/null | sed -n 's/^cmake version //p'); \
+	@$(bin)/pip install -q -r <($(call requirements,['build-system']['requires']))
+	@version=$$( (cmake --version 2>/dev/null || true) | sed -n 's/^cmake version //p'); \
 	if [ "$$(printf '%s\n' 3.25 "$${version:-0}" | sort -V | head -1)" != 3.25 ]; then $(bin)/pip install -q 'cmake>=3.25'; fi
 	@command -v ninja >/dev/null || $(bin)/pip install -q ninja
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml | $(bin)/python
-	$(bin)/pip install -q -r <($(call requirements,['project']['optional-dependencies']['dev']))
+	@echo "installing ruff and clang-format"
+	@$(bin)/pip install -q -r <($(call requirements,['project']['optional-dependencies']['dev']))
 	@touch $@
 
 # ---- the wheel, installed as a user gets it ------------------------------------------------------------

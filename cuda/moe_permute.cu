@@ -105,6 +105,7 @@ __device__ void place_segment(const Sort& sort, int segment, Count* places) {
 }
 
 // All of it by one block, with a warp per segment and the counts in shared memory.
+// (The 1 in the launch bounds keeps ptxas from spilling to fit a second block.)
 __global__ void __launch_bounds__(kSortThreads, 1) moe_permute_sort_kernel(const Sort sort) {
   auto* counts = reinterpret_cast<unsigned*>(shared_memory);  // [E, segments]
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;

@@ -208,8 +208,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Asking for 1 block per multiprocessor keeps ptxas from spilling to fit more of them.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     topk_gating_backward_block_kernel(const Backward<scalar_t> b) {
   using compute_t = compute_type<scalar_t>;
   const bool dense = b.is_dense();

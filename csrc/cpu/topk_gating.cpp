@@ -30,9 +30,17 @@ constexpr T kLowest = std::is_same_v<T, double> ? -__DBL_MAX__ : -__FLT_MAX__;
 
 /// NaN becomes -inf (absent) and is noted; +inf becomes a number whose square is still finite.
 template <typename T>
-Vectorized<T> sanitize(Vectorized<T> x, Vectorized<T>& nan_seen) {
+Vectorized<T> sanitize(Vectorized<T> x, bool& nan_seen) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    nan_seen |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0;
+    const __m512 present =
+        _mm512_max_ps(x, _mm512_set1_ps(kNegativeInfinity<float>));  // of a NaN: the second
+    return _mm512_min_ps(present, _mm512_set1_ps(static_cast<float>(kInfinityCounts)));
+  }
+#endif
   const auto nan = x.isnan();
-  nan_seen = nan_seen | nan;
+  nan_seen |= nan.zero_mask() != (1 << Vectorized<T>::size()) - 1;
   return at::vec::clamp_max(Vectorized<T>::blendv(x, Vectorized<T>(kNegativeInfinity<T>), nan),
                             Vectorized<T>(static_cast<T>(kInfinityCounts)));
 }
@@ -41,11 +49,6 @@ template <typename T>
 T sanitize(T x) {
   if (x != x) return kNegativeInfinity<T>;
   return x < static_cast<T>(kInfinityCounts) ? x : static_cast<T>(kInfinityCounts);
-}
-
-template <typename T>
-bool any_lane(Vectorized<T> mask) {
-  return mask.zero_mask() != (1 << Vectorized<T>::size()) - 1;
 }
 
 /// Widens one row into x[0, padded), sanitised, with -inf behind its end, and takes the maxima of
@@ -59,7 +62,8 @@ bool load_row(const scalar_t* row, int64_t num_experts, compute_t<scalar_t>* x,
   constexpr int64_t kParts = In::size() / Vec::size();  // vectors of T in one of scalar_t
   constexpr int64_t kPerGroup = kGroups / Vec::size();  // vectors of T in 16 elements
   constexpr int64_t kBest = kParts > kPerGroup ? kParts : kPerGroup;  // a multiple of both
-  Vec nan_seen(0), best[kBest];
+  bool nan_seen = false;
+  Vec best[kBest];
   for (auto& b : best) b = Vec(kNegativeInfinity<T>);
   const auto put = [&](const In& in, int64_t e, int64_t turn) __attribute__((always_inline)) {
     Vec part[kParts];
@@ -103,7 +107,7 @@ bool load_row(const scalar_t* row, int64_t num_experts, compute_t<scalar_t>* x,
     best[i % kPerGroup] = at::vec::clamp_min(best[i % kPerGroup], best[i]);
 #pragma GCC unroll 4
   for (int64_t i = 0; i < kPerGroup; ++i) best[i].store(maxima + i * Vec::size());
-  return any_lane(nan_seen);
+  return nan_seen;
 }
 
 /// Rounds one row of results to the logits' type.
@@ -337,17 +341,29 @@ Vectorized<T> exp_of_negative(Vectorized<T> x) {
   return x.exp();
 }
 
-/// exps[e] = exp(x[e] - shift); returns their sum.
 template <typename T>
-T exponentials(const T* x, int64_t padded, T shift, T* exps) {
+T sum_of_lanes(Vectorized<T> value) {
+  return at::vec::vec_reduce_all<T>([](auto& a, auto& b) { return a + b; }, value);
+}
+
+/// peak - x, at most 1000: an expert that far below has p = 0, and an infinity must not meet that
+/// 0.
+template <typename T>
+Vectorized<T> below_peak(Vectorized<T> x, T peak) {
+  return at::vec::clamp_max(Vectorized<T>(peak) - x, Vectorized<T>(T(1000)));
+}
+
+/// exps[e] = exp(x[e] - peak); returns their sum.
+template <typename T>
+T exponentials(const T* x, int64_t padded, T peak, T* exps) {
   using Vec = Vectorized<T>;
   Vec total(0);
   for (int64_t e = 0; e < padded; e += Vec::size()) {
-    const Vec value = exp_of_negative(Vec::loadu(x + e) - Vec(shift));
+    const Vec value = exp_of_negative(Vec::loadu(x + e) - Vec(peak));
     value.store(exps + e);
     total = total + value;
   }
-  return at::vec::vec_reduce_all<T>([](Vec& a, Vec& b) { return a + b; }, total);
+  return sum_of_lanes(total);
 }
 
 template <typename T>
@@ -359,28 +375,25 @@ T natural_log(T value) {
   }
 }
 
-/// prob_sum += share exps, and the sum of exps (lse - x): the entropy of the row times the sum of
-/// exps.
+/// prob_sum += share exps. Returns the sum of exps (peak - x), from which the row's entropy follows
+/// without cancellation: H = log total + that / total.
 template <typename T>
-T add_probabilities(const T* x, const T* exps, int64_t num_experts, T share, T lse, T* prob_sum) {
+T add_probabilities(const T* x, const T* exps, int64_t num_experts, T share, T peak, T* prob_sum) {
   using Vec = Vectorized<T>;
-  Vec entropy(0);
+  Vec spread(0);
   int64_t e = 0;
   for (; e + Vec::size() <= num_experts; e += Vec::size()) {
     const Vec value = Vec::loadu(exps + e);
     at::vec::fmadd(Vec(share), value, Vec::loadu(prob_sum + e)).store(prob_sum + e);
-    // An absent expert has value 0 and must not meet the infinity in x.
-    entropy = at::vec::fmadd(
-        value, Vec(lse) - at::vec::clamp_min(Vec::loadu(x + e), Vec(kLowest<T>)), entropy);
+    spread = at::vec::fmadd(value, below_peak(Vec::loadu(x + e), peak), spread);
   }
   if (e < num_experts) {
     const int64_t left = num_experts - e;
     const Vec value = Vec::loadu(exps + e);
     at::vec::fmadd(Vec(share), value, Vec::loadu(prob_sum + e, left)).store(prob_sum + e, left);
-    entropy = at::vec::fmadd(
-        value, Vec(lse) - at::vec::clamp_min(Vec::loadu(x + e), Vec(kLowest<T>)), entropy);
+    spread = at::vec::fmadd(value, below_peak(Vec::loadu(x + e), peak), spread);
   }
-  return at::vec::vec_reduce_all<T>([](Vec& a, Vec& b) { return a + b; }, entropy);
+  return sum_of_lanes(spread);
 }
 
 /// Turns the chosen logits in `weights` into scaling_factor exp(x_k - max) / sum, which cannot
@@ -432,11 +445,12 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
       if (stats && had_nan) sums[RoutingSums::nan_rows(num_experts)] += 1;
       const T peak = maximum_of_groups(maxima);
       if (peak > kNegativeInfinity<T>) {  // else no expert is present: the token counts as masked
-        T total = 0, inverse = 0;
+        T inverse = 0, log_total = 0;
         if (need_probabilities) {
-          total = exponentials(x, padded, peak, exps);
+          const T total = exponentials(x, padded, peak, exps);
           inverse = T(1) / total;
-          lse = peak + natural_log(total);
+          log_total = natural_log(total);
+          lse = peak + log_total;
         }
         if (biased) {
           for (int64_t e = 0; e < num_experts; ++e) {
@@ -448,15 +462,15 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
         }
         found = select_experts(biased ? keys : x, x, maxima, padded, top_k, passed, passed_keys,
                                chosen);
+        const bool weights_from_exps = !rows.norm_topk_prob || (need_probabilities && !biased);
+        T sum = 0;
         for (int64_t k = 0; k < found; ++k) {
           indices[k] = chosen[k];
           counts[chosen[k]] += 1;
+          if (weights_from_exps) sum += exps[chosen[k]];
         }
-        if (!rows.norm_topk_prob || (need_probabilities && !biased)) {
-          // Without a bias the best expert is chosen and has exp(0) = 1, so the sum of the chosen
-          // is at least 1.
-          T sum = 0;
-          for (int64_t k = 0; k < found; ++k) sum += exps[chosen[k]];
+        if (weights_from_exps) {
+          // Without a bias the best expert is chosen and has exp(0) = 1, so the sum is at least 1.
           const T scale = rows.scaling_factor * (rows.norm_topk_prob ? T(1) / sum : inverse);
           for (int64_t k = 0; k < found; ++k) weights[k] = scale * exps[chosen[k]];
         } else {
@@ -465,10 +479,14 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
           for (int64_t k = 0; k < found; ++k) weights[k] = chosen_logits[k];
         }
         if (stats) {
-          const T entropy =
-              add_probabilities(x, exps, num_experts, token_weight * inverse, lse, sums) * inverse;
-          for (int64_t k = 0; k < found; ++k)
-            sums[RoutingSums::load(num_experts) + indices[k]] += token_weight;
+          const T spread =
+              add_probabilities(x, exps, num_experts, token_weight * inverse, peak, sums);
+          const T entropy = log_total + spread * inverse;
+          if (rows.token_weights != nullptr) {  // else the load is the count, see below
+            for (int64_t k = 0; k < found; ++k) {
+              sums[RoutingSums::load(num_experts) + indices[k]] += token_weight;
+            }
+          }
           sums[RoutingSums::weight(num_experts)] += token_weight;
           sums[RoutingSums::lse_squared(num_experts)] += token_weight * lse * lse;
           sums[RoutingSums::entropy(num_experts)] += token_weight * entropy;
@@ -479,6 +497,11 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
     for (int64_t k = found; k < top_k; ++k) {
       indices[k] = -1;
       weights[k] = 0;
+    }
+  }
+  if (stats && rows.token_weights == nullptr) {
+    for (int64_t e = 0; e < num_experts; ++e) {
+      sums[RoutingSums::load(num_experts) + e] = static_cast<T>(counts[e]);
     }
   }
 }
@@ -540,25 +563,23 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
 
     T maxima[kGroups];
     load_row(row, num_experts, x, maxima);
-    T lse;
-    if (rows.lse != nullptr) {
-      lse = rows.lse[t];
-    } else {
-      const T peak = maximum_of_groups(maxima);
-      lse = peak + natural_log(exponentials(x, padded, peak, probs));
-    }
-    Vec mean_gradient(0), entropy(0);
+    // From the row's own maximum rather than from the rounded lse: for large logits that would be
+    // off.
+    const T peak = maximum_of_groups(maxima);
+    const T total = exponentials(x, padded, peak, probs);
+    const T inverse = T(1) / total, log_total = natural_log(total);
+    Vec mean_gradient(0), spread(0);
     for (int64_t e = 0; e < padded; e += Vec::size()) {
-      const Vec value = Vec::loadu(x + e);
-      const Vec p = exp_of_negative(value - Vec(lse));
+      const Vec p = Vec::loadu(probs + e) * Vec(inverse);
       p.store(probs + e);
       mean_gradient = at::vec::fmadd(Vec::loadu(grad_probs + e), p, mean_gradient);
-      entropy = at::vec::fmadd(p, Vec(lse) - at::vec::clamp_min(value, Vec(kLowest<T>)), entropy);
+      spread = at::vec::fmadd(p, below_peak(Vec::loadu(x + e), peak), spread);
     }
-    const auto add = [](Vec& a, Vec& b) { return a + b; };
-    T common = -token_weight * at::vec::vec_reduce_all<T>(add, mean_gradient) +
-               2 * token_weight * grad_lse_squared * lse -
-               token_weight * grad_entropy * at::vec::vec_reduce_all<T>(add, entropy);
+    // The part of the slope that all experts share; w g_H (log p + H) = w g_H (spread - (peak -
+    // x)).
+    T common = -token_weight * sum_of_lanes(mean_gradient) +
+               2 * token_weight * grad_lse_squared * (peak + log_total) -
+               token_weight * grad_entropy * sum_of_lanes(spread);
     if (rows.grad_lse != nullptr) common += rows.grad_lse[t];
     if (gate && !rows.norm_topk_prob) {
       T mean = 0;
@@ -569,9 +590,8 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
       common -= mean;
     }
     for (int64_t e = 0; e < padded; e += Vec::size()) {
-      const Vec log_p = at::vec::clamp_min(Vec::loadu(x + e), Vec(kLowest<T>)) - Vec(lse);
-      const Vec slope = at::vec::fmadd(Vec(token_weight), Vec::loadu(grad_probs + e), Vec(common)) -
-                        Vec(token_weight * grad_entropy) * log_p;
+      const Vec slope = at::vec::fmadd(Vec(token_weight), Vec::loadu(grad_probs + e), Vec(common)) +
+                        Vec(token_weight * grad_entropy) * below_peak(Vec::loadu(x + e), peak);
       (Vec::loadu(probs + e) * slope).store(x + e);
     }
     if (gate) {

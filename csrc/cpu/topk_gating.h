@@ -49,7 +49,6 @@ struct TopKGatingBackwardRows {
   bool norm_topk_prob;
   compute_t<scalar_t> scaling_factor;
   const int64_t* topk_indices;               // [T, K]
-  const compute_t<scalar_t>* lse;            // [T] or null: recomputed
   const compute_t<scalar_t>* token_weights;  // [T] or null: all 1
   scalar_t* grad_logits;                     // [T, E], contiguous
 };

@@ -362,7 +362,6 @@ void topk_gating_backward_cpu(const TopKGatingBackwardArguments& arguments,
             arguments.norm_topk_prob,
             static_cast<T>(arguments.scaling_factor),
             arguments.topk_indices.const_data_ptr<int64_t>(),
-            data_or_null<T>(arguments.lse),
             data_or_null<T>(token_weights),
             grad_logits.mutable_data_ptr<scalar_t>()};
         at::parallel_for(0, num_tokens, grain, [&](int64_t begin, int64_t end) {

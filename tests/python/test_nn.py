@@ -345,6 +345,8 @@ def test_language_model_learns():
     [
         (lambda: nn.TopKRouter(8, 4, 5), "top_k must be between 1 and num_experts = 4, got 5"),
         (lambda: nn.TopKRouter(8, 4, 0), "top_k must be between 1"),
+        (lambda: nn.TopKRouter(0, 4, 2), "d_model must be at least 1, got 0"),
+        (lambda: nn.MoELayer(8, 0, 4, 2), "d_hidden must be at least 1, got 0"),
         (lambda: nn.TopKRouter(8, 4, 2, balancer=nn.LossFreeBalancer(5)), "got one for 5"),
         (lambda: nn.MoELayer(8, 16, 4, 2, activation="tanh"), "relu, gelu, swiglu, got 'tanh'"),
         (lambda: nn.MoELayer(8, 16, 4, 2, capacity_factor=1.0), "capacity_factor must be None"),
@@ -363,9 +365,11 @@ def test_bad_arguments(make, message):
 
 def test_bad_inputs():
     layer = nn.MoELayer(8, 16, 4, 2)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"x must have shape .* = \[..., 8\], got \[5, 7\]"):
         layer(torch.randn(5, 7))
+    with pytest.raises(RuntimeError, match="x must be floating, got torch.int64"):
+        layer(torch.ones(5, 8, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="token_mask"):
         layer(torch.randn(5, 8), torch.ones(4, dtype=torch.bool))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="type of w_in .torch.float32., got torch.bfloat16"):
         layer(torch.randn(5, 8, dtype=torch.bfloat16))

@@ -276,6 +276,21 @@ def test_gradients_match_the_reference(dtype):
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_of_extreme_logits(dtype):
+    """Large logits, absent experts and a strong entropy term: no 0 * inf, and p is not off."""
+    logits = torch.tensor(
+        [[600.0, 599.5, 0.0, -600.0], [3.0, -torch.inf, 2.0, torch.nan], [1e17, 1e17, 5.0, 1.0]]
+    ).to(dtype)
+    x, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    outputs = F.topk_gating(x, 2).sums, reference.topk_gating(exact, 2)[4]
+    probe = 100 * torch.randn(outputs[1].shape, dtype=torch.float64)
+    probe[-4] = 0  # lse^2 of 1e17 has no place in a comparison
+    (got,) = torch.autograd.grad(outputs[0], x, probe.to(dtype))
+    (want,) = torch.autograd.grad(outputs[1], exact, probe)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-3)
+
+
 def test_composite_backward_equals_the_kernel():
     """Under create_graph the gradient is made of ATen calls; it must be the same gradient."""
     for logits, arguments in sample_inputs(torch.float64):

@@ -83,7 +83,8 @@ class MoELayer(nn.Module):
         w_out: [E, d_model, d_hidden], uniform within 1/sqrt(d_hidden).
 
     Raises:
-        ValueError: an unknown activation, a capacity, or a router for other sizes.
+        ValueError: an unknown activation, `d_hidden` below 1, a capacity, or a router for other
+            sizes.
 
     Example:
         >>> layer = MoELayer(d_model=8, d_hidden=16, num_experts=4, top_k=2)
@@ -110,6 +111,8 @@ class MoELayer(nn.Module):
             raise ValueError(
                 f"MoELayer: activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}"
             )
+        if d_hidden < 1:
+            raise ValueError(f"MoELayer: d_hidden must be at least 1, got {d_hidden}")
         if capacity_factor is not None:
             raise ValueError(f"MoELayer: capacity_factor must be None, got {capacity_factor}")
         if router is None:
@@ -163,6 +166,9 @@ class MoELayer(nn.Module):
 
         Returns:
             [..., d_model], and the RoutingResult for losses, balancers and metrics.
+
+        Raises:
+            RuntimeError: x of another width or type, or a bad mask.
         """
         routing = self.router(x, token_mask)
         tokens, w_in, w_out = x.reshape(-1, self.d_model), self.w_in, self.w_out
@@ -170,6 +176,10 @@ class MoELayer(nn.Module):
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)  # grouped_mm has no autocast rule
             tokens, w_in, w_out = tokens.to(dtype), w_in.to(dtype), w_out.to(dtype)
+        if tokens.dtype != w_in.dtype:
+            raise RuntimeError(
+                f"MoELayer: x must have the type of w_in ({w_in.dtype}), got {tokens.dtype}"
+            )
         permuted = F.moe_permute(
             tokens,
             routing.topk_indices.reshape(-1, self.top_k),

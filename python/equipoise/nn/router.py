@@ -35,7 +35,8 @@ class TopKRouter(nn.Module):
         bias: [E], zero; only with `bias=True`.
 
     Raises:
-        ValueError: `top_k` outside [1, E], or a balancer for another number of experts.
+        ValueError: `d_model` below 1, `top_k` outside [1, E], or a balancer for another number of
+            experts.
 
     Example:
         >>> router = TopKRouter(d_model=8, num_experts=4, top_k=2, norm_topk_prob=True)
@@ -58,6 +59,8 @@ class TopKRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if d_model < 1:
+            raise ValueError(f"TopKRouter: d_model must be at least 1, got {d_model}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(
                 f"TopKRouter: top_k must be between 1 and num_experts = {num_experts}, got {top_k}"
@@ -97,6 +100,9 @@ class TopKRouter(nn.Module):
 
         Returns:
             RoutingResult: `topk_weights`, `topk_indices` [..., K] and the sums for the losses.
+
+        Raises:
+            RuntimeError: x of another width or not floating, or a bad mask.
         """
         logits = self.logits(x)
         result = F.topk_gating(
@@ -114,6 +120,13 @@ class TopKRouter(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., E] logits of the tokens `x` [..., d_model]; float32, or float64 for float64."""
+        if x.dim() < 1 or x.shape[-1] != self.d_model:
+            raise RuntimeError(
+                f"TopKRouter: x must have shape [..., d_model] = [..., {self.d_model}], "
+                f"got {list(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise RuntimeError(f"TopKRouter: x must be floating, got {x.dtype}")
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         device_type = x.device.type
         has_autocast = torch.amp.is_autocast_available(device_type)  # the meta device has none
