@@ -27,7 +27,8 @@ prerequisites:
 	@command -v $(PYTHON) >/dev/null || { echo "python3 3.11 or newer is needed: apt-get install python3 python3-venv"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 3.11 or newer is needed, this is $$($(PYTHON) -V): name another with PYTHON="; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "python3 has no venv: apt-get install python3-venv"; exit 1; }
-	@major=$$( ($${CXX:-g++} -dumpversion 2>/dev/null || true) | cut -d. -f1); [ "$${major:-0}" -ge 11 ] || { echo "g++ 11 or newer is needed: apt-get install g++"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "the headers of python3 are needed: apt-get install python3-dev"; exit 1; }
+	@major=$$( ($${CXX:-g++} -dumpversion 2>/dev/null || true) | cut -d. -f1); [ "$${major:-0}" -ge 11 ] 2>/dev/null || { echo "g++ 11 or newer is needed: apt-get install g++"; exit 1; }
 
 # ---- .venv: stamps are files in it, so that removing it starts over --------------------------------------
 requirements = $(bin)/python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))$(1)))"

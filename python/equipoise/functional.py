@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 from . import ops
 
@@ -338,6 +339,11 @@ def z_loss(routing: RoutingResult) -> Tensor:
     1.922
     """
     return _balance_loss(routing, {"z": 1.0}, guard_dense=False).total
+
+
+# A saved export names the types of its results; without these lines it could not.
+for _result in (RoutingResult, PermuteResult, LossReport):
+    _register_namedtuple(_result, serialized_type_name=f"equipoise.{_result.__name__}")
 
 
 def _balance_loss(
