@@ -5,7 +5,7 @@
 
 #include <torch/library.h>
 
-#include "equipoise.h"
+#include "version.h"
 
 namespace equipoise {
 

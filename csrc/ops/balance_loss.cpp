@@ -17,6 +17,7 @@
 #include "../autograd.h"
 #include "../checks.h"
 #include "../library.h"
+#include "../optional_tensor.h"
 #ifdef EQUIPOISE_WITH_CUDA
 #include "../../cuda/host.h"
 #endif
@@ -173,9 +174,8 @@ Tensor balance_loss_backward_run(const OptionalTensor& grad_total,
                                  const Tensor& coefficients, at::IntArrayRef kinds, int64_t top_k) {
   auto grad_sums =
       balance_loss_backward_meta(grad_total, grad_values, sums, coefficients, kinds, top_k);
-  const auto values = grad_values ? OptionalTensor(grad_values->contiguous()) : std::nullopt;
-  backend(grad_total, values, sums.contiguous(), coefficients.contiguous(), kinds.vec(), top_k,
-          grad_sums);
+  backend(grad_total, contiguous(grad_values), sums.contiguous(), coefficients.contiguous(),
+          kinds.vec(), top_k, grad_sums);
   return grad_sums;
 }
 

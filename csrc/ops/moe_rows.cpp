@@ -11,6 +11,7 @@
 
 #include "../cpu/dispatch.h"
 #include "../cpu/moe_rows.h"
+#include "../optional_tensor.h"
 
 EQUIPOISE_DECLARE_CPU_KERNEL(template <typename scalar_t, typename weight_t>
                              void scatter_rows(const MoeRows<scalar_t, weight_t>&, int64_t,
@@ -55,15 +56,6 @@ void dispatch(at::ScalarType rows, std::optional<at::ScalarType> weights, const 
       f(scalar_t{}, compute_t{});
     }
   });
-}
-
-template <typename T>
-const T* data_or_null(const OptionalTensor& tensor) {
-  return tensor ? tensor->const_data_ptr<T>() : nullptr;
-}
-
-OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }
 
 }  // namespace

@@ -21,6 +21,7 @@
 #include "../cpu/dispatch.h"
 #include "../cpu/topk_gating.h"
 #include "../library.h"
+#include "../optional_tensor.h"
 #include "topk_gating_arguments.h"
 #ifdef EQUIPOISE_WITH_CUDA
 #include "../../cuda/host.h"
@@ -253,9 +254,6 @@ Tensor topk_gating_backward_run(const OptionalTensor& grad_weights, const Option
       grad_weights, grad_lse, grad_sums, logits, topk_indices, lse, score_function, norm_topk_prob,
       scaling_factor, token_mask, segment_ids, noise);
   if (logits.numel() == 0) return grad_logits;
-  const auto contiguous = [](const OptionalTensor& tensor) -> OptionalTensor {
-    return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
-  };
   backend({contiguous(grad_weights), contiguous(grad_lse), contiguous(grad_sums), as_rows(logits),
            as_rows(topk_indices).contiguous(), contiguous(lse),
            as_token_weights(token_mask, accumulate_type(logits.scalar_type())), norm_topk_prob,
@@ -275,11 +273,6 @@ int64_t block_tokens(int64_t num_tokens, int64_t num_experts) {
   const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   return std::max(
       {int64_t{64}, divide_up(kSerialLogits, num_experts), divide_up(num_tokens, kMaxBlocks)});
-}
-
-template <typename T>
-const T* data_or_null(const OptionalTensor& tensor) {
-  return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
 /// Token weights of the compute type; values are checked here, before any kernel runs.
