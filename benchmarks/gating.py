@@ -132,6 +132,7 @@ def main() -> None:
         for dtype in (getattr(torch, name) for name in args.dtypes):
             for size in SIZES:
                 num_tokens, num_experts, top_k = size
+                torch.compiler.reset()  # one size at a time, not a row of recompilations
                 logits = torch.randn(num_tokens, num_experts).to(dtype).requires_grad_()
                 pull = torch.randn(num_tokens, top_k)
                 for name, gate in gates.items():
