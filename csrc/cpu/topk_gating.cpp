@@ -146,6 +146,9 @@ void group_maxima(const T* keys, int64_t padded, T* maxima) {
 /// Maximum of 16 values, as a tree so that the compiler may use vectors.
 template <typename T>
 T maximum_of_groups(const T* values) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) return _mm512_reduce_max_ps(_mm512_loadu_ps(values));
+#endif
   T tree[kGroups];
   for (int64_t i = 0; i < kGroups; ++i) tree[i] = values[i];
   for (int64_t width = kGroups / 2; width > 0; width /= 2) {
