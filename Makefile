@@ -2,6 +2,9 @@
 # Sets up .venv and build/ by itself; nothing outside this directory is changed.
 #   make demo          train a small MoE model three times and write report/ (ARGS="--steps 50" is passed on)
 #   make test          GoogleTest, a foreign CMake project, pytest and the doctests
+#   make test-ptx      the CUDA kernels without a GPU: the tests marked cuda on an interpreter of PTX (PTXRUN=directory)
+#   make kernels       writes docs/kernels.md: registers, machine code and memory traffic of the CUDA kernels, with limits
+#   make nightly       what takes too long for every commit: make mutants (ARGS=numbers), test-schedules and test-asan
 #   make bench         side-by-side tables (ARGS= is passed on)
 #   make format        ruff and clang-format;  make format-check only looks
 #   make clean         removes build/ and report/ (.venv stays)
@@ -10,7 +13,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-consumer test-python bench format format-check clean prerequisites FORCE
+.PHONY: help demo test test-cpp test-consumer test-python test-ptx kernels nightly mutants test-schedules test-asan \
+        bench format format-check clean prerequisites FORCE
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -79,12 +83,15 @@ test: test-cpp test-consumer test-python
 	        'run on ' + torch.cuda.get_device_name() if _build.cuda and torch.cuda.is_available() else 'not run (no GPU)')"
 	@grep -E 'tests passed' build/ctest.log
 	@tail -n 1 build/consumer.log
+	@grep '^passed per backend' build/pytest.log
 	@tail -n 1 build/pytest.log
 
-# The C++ tests are built in the tree that the wheel was built in, so that the library is compiled once.
-test-cpp: .venv/equipoise.stamp
-	cmake -S . -B build/cmake -DBUILD_TESTING=ON > build/configure.log || { cat build/configure.log; exit 1; }
+# What the tests need is built in the tree that the wheel was built in, so that the library is compiled once.
+build_tests = cmake -S . -B build/cmake -DBUILD_TESTING=ON > build/configure.log || { cat build/configure.log; exit 1; }; \
 	cmake --build build/cmake
+
+test-cpp: .venv/equipoise.stamp
+	$(build_tests)
 	ctest --test-dir build/cmake --output-on-failure -j $(JOBS) | tee build/ctest.log
 
 test-consumer: .venv/equipoise.stamp
@@ -94,7 +101,63 @@ test-consumer: .venv/equipoise.stamp
 	build/consumer/consumer | tee build/consumer.log
 
 test-python: .venv/equipoise.stamp
+	$(build_tests) --target equipoise_simt
 	$(bin)/python -m pytest --doctest-modules tests/python --pyargs equipoise $(ARGS) | tee build/pytest.log
+
+# ---- the CUDA kernels without a GPU --------------------------------------------------------------------
+# PTXRUN is a directory with `run`, which starts a program on an interpreter of PTX in place of a GPU.
+PTXRUN ?= ../shared/ptxrun
+ptx_architectures := 80 90
+
+ifeq ($(wildcard $(PTXRUN)/run),)
+test-ptx:
+	@echo "test-ptx did not run: no interpreter of PTX in $(PTXRUN) (PTXRUN= names its directory)"
+else
+test-ptx: .venv/equipoise.stamp
+	@if $(bin)/python -c 'import sys; from equipoise import _build; sys.exit(not _build.cuda)'; then \
+	  cmake --build build/cmake --target $(ptx_architectures:%=equipoise_ptx_%); \
+	  tests/ptx.sh $(PTXRUN)/run $(bin)/python build $(ptx_architectures); \
+	else \
+	  echo "test-ptx did not run: the CUDA kernels are not compiled"; \
+	fi
+endif
+
+# ---- machine code and memory traffic of the CUDA kernels ------------------------------------------------
+.venv/nvdisasm.stamp: | $(bin)/python
+	@command -v nvdisasm >/dev/null || $(bin)/pip install -q nvidia-cuda-nvdisasm
+	@touch $@
+
+kernels: .venv/equipoise.stamp .venv/nvdisasm.stamp
+	@if ! $(bin)/python -c 'import sys; from equipoise import _build; sys.exit(not _build.cuda)'; then \
+	  echo "kernels did not run: the CUDA kernels are not compiled"; \
+	elif [ -e $(PTXRUN)/run ]; then \
+	  cmake --build build/cmake --target equipoise_ptx_80; \
+	  JOBS=$(JOBS) $(bin)/python tests/kernels/report.py build/cmake --interpreter $(PTXRUN)/run $(ARGS); \
+	else \
+	  echo "only the machine code: no interpreter of PTX in $(PTXRUN) (PTXRUN= names its directory)"; \
+	  JOBS=$(JOBS) $(bin)/python tests/kernels/report.py build/cmake; \
+	fi
+
+# ---- nightly -------------------------------------------------------------------------------------------
+nightly: mutants test-schedules test-asan
+
+# Breaks the CUDA sources in one place at a time: the tests of the ops must notice each.
+mutants: .venv/equipoise.stamp
+	$(bin)/python tests/simt/mutants.py build/mutants $(ARGS) | tee build/mutants.log
+
+# The CUDA sources on the CPU under other random schedules, and with AddressSanitizer's eyes.
+simt_tests = $(bin)/python -m pytest -q -k simt tests/python
+test-schedules: .venv/equipoise.stamp
+	$(build_tests) --target equipoise_simt
+	for seed in 2 3 4 5 6 7 8 9 10 11; do EQUIPOISE_SIMT_SEED=$$seed $(simt_tests); done
+
+test-asan: .venv/equipoise.stamp
+	cmake -S . -B build/asan -DEQUIPOISE_CUDA=OFF -DBUILD_TESTING=ON -DEQUIPOISE_SIMT_SANITIZE=address \
+	  -DTORCH_INSTALL_PREFIX="$$($(bin)/python -c 'import torch; print(*torch.__path__)')" > build/configure.log
+	cmake --build build/asan --target equipoise_simt
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 EQUIPOISE_SIMT_LIBRARY=build/asan/tests/simt/libequipoise_simt.so \
+	  $(simt_tests) --ignore=tests/python/test_simt.py
 
 # ---- style ---------------------------------------------------------------------------------------------
 cpp_files = $(shell find csrc cuda tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')

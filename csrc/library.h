@@ -14,6 +14,14 @@
 #define EQUIPOISE_STRINGIZE(name) EQUIPOISE_STRINGIZE_(name)
 #define EQUIPOISE_LIBRARY_NAME EQUIPOISE_STRINGIZE(equipoise)
 
+// Whom the CUDA side of an op serves. The test library runs it on the tensors of the CPU, whose own
+// kernels it leaves out.
+#ifdef EQUIPOISE_SIMT
+#define EQUIPOISE_CUDA_KEY CPU
+#else
+#define EQUIPOISE_CUDA_KEY CUDA
+#endif
+
 namespace equipoise {
 
 /// The registered operator `name` of this library. Keep the handle in a static of a function that

@@ -29,11 +29,7 @@ template <typename T>
 __device__ T block_exclusive_scan(T value) {
   __shared__ T of_warp[kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  T sum = value;
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const T below = __shfl_up_sync(kFullMask, sum, distance);
-    if (lane >= distance) sum += below;
-  }
+  T sum = warp_inclusive_scan(value);
   if (lane == kWarpSize - 1) of_warp[warp] = sum;
   __syncthreads();
   sum -= value;

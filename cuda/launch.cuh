@@ -17,10 +17,15 @@ constexpr int64_t kMaxSharedBytes = 47 * 1024;
 /// `shared_bytes` of dynamic shared memory (at most kMaxSharedBytes), and checks the launch.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
-            c10::cuda::CUDAStream stream, Arguments&&... arguments) {
+            [[maybe_unused]] c10::cuda::CUDAStream stream, Arguments&&... arguments) {
+#ifdef __CUDACC__
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream.stream()>>>(
       static_cast<Parameters>(arguments)...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
+#else  // tests/simt
+  simt::launch(reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes,
+               [=] { kernel(static_cast<Parameters>(arguments)...); });
+#endif
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

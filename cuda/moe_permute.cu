@@ -40,6 +40,10 @@ struct Sort {
   int64_t* expert_offsets;     // [E + 1]
   int64_t pairs, length;       // segment s has the pairs s * length .. (s + 1) * length
   int experts, segments;
+  int pitch;  // counts of an expert in memory, those past `segments` zero
+
+  // Where the count of an expert and a segment is.
+  __device__ int64_t at(int expert, int segment) const { return int64_t{expert} * pitch + segment; }
 
   // The expert of a pair, -1 if it is left out.
   __device__ int expert(int64_t pair) const {
@@ -50,32 +54,37 @@ struct Sort {
 };
 
 // By `threads` threads: counts the pairs of one segment, on top of zeros.
-template <typename Count>
 __device__ void count_segment(const Sort& sort, int segment, int thread, int threads,
-                              Count* counts) {
+                              unsigned* counts) {
   const int64_t end = sort.begin(segment + 1);
   for (int64_t pair = sort.begin(segment) + thread; pair < end; pair += threads) {
     const int e = sort.expert(pair);
-    if (e >= 0) atomicAdd(&counts[int64_t{e} * sort.segments + segment], Count{1});
+    if (e >= 0) atomicAdd(&counts[sort.at(e, segment)], 1u);
   }
 }
 
-// By one block: each count becomes the place of the first of its pairs.
-template <typename Count>
-__device__ void scan_counts(const Sort& sort, Count* counts) {
-  const int64_t size = int64_t{sort.experts} * sort.segments;
-  const int64_t share = (size + blockDim.x - 1) / blockDim.x;
-  const int64_t begin = min(threadIdx.x * share, size), end = min(begin + share, size);
-  Count sum = 0;
-  for (int64_t i = begin; i < end; ++i) sum += counts[i];
-  Count place = block_exclusive_scan(sum);
-  for (int64_t i = begin; i < end; ++i) {
-    const Count count = counts[i];
-    counts[i] = place;
-    if (i % sort.segments == 0) sort.expert_offsets[i / sort.segments] = place;
-    place += count;
+// By one block: each count becomes the place of the first of its pairs. A warp takes neighbouring
+// counts, 32 at once.
+__device__ void scan_counts(const Sort& sort, unsigned* counts) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t size = sort.at(sort.experts, 0);
+  const int64_t share = (size + blockDim.x - 1) / blockDim.x * kWarpSize;
+  const int64_t begin = min(warp * share, size), end = min(begin + share, size);
+  unsigned sum = 0;
+  for (int64_t i = begin + lane; i < end; i += kWarpSize) sum += counts[i];
+  unsigned place = __shfl_sync(kFullMask, block_exclusive_scan(sum), 0);  // of the warp's first
+  for (int64_t first = begin; first < end; first += kWarpSize) {
+    const int64_t i = first + lane;
+    const unsigned count = i < end ? counts[i] : 0;
+    const unsigned next = place + warp_inclusive_scan(count);
+    if (i < end) counts[i] = next - count;
+    place = __shfl_sync(kFullMask, next, kWarpSize - 1);
   }
   if (threadIdx.x == blockDim.x - 1) sort.expert_offsets[sort.experts] = place;
+  __syncthreads();
+  for (int e = threadIdx.x; e < sort.experts; e += blockDim.x) {
+    sort.expert_offsets[e] = counts[sort.at(e, 0)];
+  }
   __syncthreads();
   for (int e = threadIdx.x; e < sort.experts; e += blockDim.x) {
     sort.tokens_per_expert[e] = sort.expert_offsets[e + 1] - sort.expert_offsets[e];
@@ -83,8 +92,7 @@ __device__ void scan_counts(const Sort& sort, Count* counts) {
 }
 
 // By one warp: hands out the places of one segment, in the order of its pairs.
-template <typename Count>
-__device__ void place_segment(const Sort& sort, int segment, Count* places) {
+__device__ void place_segment(const Sort& sort, int segment, unsigned* places) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t end = sort.begin(segment + 1);
   for (int64_t first = sort.begin(segment); first < end; first += kWarpSize) {
@@ -92,9 +100,9 @@ __device__ void place_segment(const Sort& sort, int segment, Count* places) {
     const int expert = pair < end ? sort.expert(pair) : -1;
     const unsigned peers = __match_any_sync(kFullMask, expert);
     const int leader = __ffs(peers) - 1;
-    Count place = 0;
+    unsigned place = 0;
     if (lane == leader && expert >= 0) {
-      Count* next = &places[int64_t{expert} * sort.segments + segment];
+      unsigned* next = &places[sort.at(expert, segment)];
       place = *next;
       *next = place + __popc(peers);
     }
@@ -107,9 +115,9 @@ __device__ void place_segment(const Sort& sort, int segment, Count* places) {
 // All of it by one block, with a warp per segment and the counts in shared memory.
 // (The 1 in the launch bounds keeps ptxas from spilling to fit a second block.)
 __global__ void __launch_bounds__(kSortThreads, 1) moe_permute_sort_kernel(const Sort sort) {
-  auto* counts = reinterpret_cast<unsigned*>(shared_memory);  // [E, segments]
+  auto* counts = reinterpret_cast<unsigned*>(shared_memory);  // [E, pitch]
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  for (int i = threadIdx.x; i < sort.experts * sort.segments; i += kSortThreads) counts[i] = 0;
+  for (int i = threadIdx.x; i < sort.experts * sort.pitch; i += kSortThreads) counts[i] = 0;
   __syncthreads();
   if (warp < sort.segments) count_segment(sort, warp, lane, kWarpSize, counts);
   __syncthreads();
@@ -118,34 +126,30 @@ __global__ void __launch_bounds__(kSortThreads, 1) moe_permute_sort_kernel(const
 }
 
 // The three steps for many pairs: a block per segment, one block, a block of one warp per segment.
-template <typename Count>
 __global__ void __launch_bounds__(kThreads)
-    moe_permute_count_kernel(const Sort sort, Count* counts) {
+    moe_permute_count_kernel(const Sort sort, unsigned* counts) {
   count_segment(sort, blockIdx.x, threadIdx.x, kThreads, counts);
 }
 
-template <typename Count>
 __global__ void __launch_bounds__(kSortThreads)
-    moe_permute_scan_kernel(const Sort sort, Count* counts) {
+    moe_permute_scan_kernel(const Sort sort, unsigned* counts) {
   scan_counts(sort, counts);
 }
 
-template <typename Count>
 __global__ void __launch_bounds__(kWarpSize)
-    moe_permute_place_kernel(const Sort sort, Count* places) {
+    moe_permute_place_kernel(const Sort sort, unsigned* places) {
   place_segment(sort, blockIdx.x, places);
 }
 
-template <typename Count>
 void sort_in_three_steps(const Sort& sort, const at::Tensor& like) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const int64_t bytes = int64_t{sort.experts} * sort.segments * sizeof(Count);
+  const int64_t bytes = int64_t{sort.experts} * sort.pitch * sizeof(unsigned);
   const auto workspace = at::empty({bytes}, like.options().dtype(at::kByte));
-  auto* counts = reinterpret_cast<Count*>(workspace.mutable_data_ptr<uint8_t>());
+  auto* counts = reinterpret_cast<unsigned*>(workspace.mutable_data_ptr<uint8_t>());
   C10_CUDA_CHECK(cudaMemsetAsync(counts, 0, bytes, stream));
-  launch(moe_permute_count_kernel<Count>, sort.segments, kThreads, 0, stream, sort, counts);
-  launch(moe_permute_scan_kernel<Count>, 1, kSortThreads, 0, stream, sort, counts);
-  launch(moe_permute_place_kernel<Count>, sort.segments, kWarpSize, 0, stream, sort, counts);
+  launch(moe_permute_count_kernel, sort.segments, kThreads, 0, stream, sort, counts);
+  launch(moe_permute_scan_kernel, 1, kSortThreads, 0, stream, sort, counts);
+  launch(moe_permute_place_kernel, sort.segments, kWarpSize, 0, stream, sort, counts);
 }
 
 void sort_pairs(Sort sort, const at::Tensor& like) {
@@ -154,22 +158,22 @@ void sort_pairs(Sort sort, const at::Tensor& like) {
     const int64_t most = std::max<int64_t>(most_segments, 1);
     sort.length = kWarpSize * ceil_div(ceil_div(sort.pairs, most), kWarpSize);
     sort.segments = static_cast<int>(ceil_div(sort.pairs, sort.length));
+    sort.pitch = sort.segments;
   };
   const int64_t expert_bytes = sort.experts * sizeof(unsigned);
   if (sort.pairs <= kOneBlockPairs && expert_bytes <= kMaxSharedBytes) {
-    cut(std::min<int64_t>(kMaxSharedBytes / expert_bytes, kSortThreads / kWarpSize));
-    launch(moe_permute_sort_kernel, 1, kSortThreads, expert_bytes * sort.segments,
+    const int64_t most = kMaxSharedBytes / expert_bytes;
+    cut(std::min<int64_t>(most, kSortThreads / kWarpSize));
+    // An odd pitch spreads the experts that a warp counts over the banks.
+    if (sort.segments < most) sort.pitch = sort.segments | 1;
+    launch(moe_permute_sort_kernel, 1, kSortThreads, expert_bytes * sort.pitch,
            c10::cuda::getCurrentCUDAStream(), sort);
     return;
   }
   // More segments are faster to walk through, but one block scans all counts.
   constexpr int64_t kMaxCounts = 1 << 16;
   cut(std::clamp<int64_t>(kMaxCounts / sort.experts, 32, 512));
-  if (sort.pairs <= std::numeric_limits<unsigned>::max()) {
-    sort_in_three_steps<unsigned>(sort, like);
-  } else {
-    sort_in_three_steps<unsigned long long>(sort, like);
-  }
+  sort_in_three_steps(sort, like);
 }
 
 // ---- rows --------------------------------------------------------------------------------------
@@ -272,6 +276,9 @@ void moe_permute_index_cuda(const at::Tensor& topk_indices, const at::Tensor& ro
     }
     return;
   }
+  constexpr int64_t kMaxPairs = std::numeric_limits<unsigned>::max();  // places are 32 bits wide
+  TORCH_CHECK(topk_indices.numel() <= kMaxPairs, "moe_permute: topk_indices must have at most ",
+              kMaxPairs, " elements on CUDA, got ", topk_indices.numel());
   Sort sort{};
   sort.indices = topk_indices.const_data_ptr<int64_t>();
   sort.row_id_map = row_id_map.mutable_data_ptr<int64_t>();

@@ -182,9 +182,11 @@ __device__ void write_block_sums(const Forward<scalar_t>& f, const float (&prob_
 }
 
 // kStats: lse and sums. kGeneral: an expert bias and float token weights are allowed for (and stats
-// may be absent).
+// may be absent). Asking for 4 blocks per multiprocessor, which is 64 registers, keeps ptxas from
+// spilling to fit a fifth; without statistics it needs fewer, and 512 experts take more.
 template <typename scalar_t, typename Team, bool kStats, bool kGeneral>
-__global__ void __launch_bounds__(kThreads) topk_gating_team_kernel(const Forward<scalar_t> f) {
+__global__ void __launch_bounds__(kThreads, Team::kItems <= 8 && kStats ? 4 : 0)
+    topk_gating_team_kernel(const Forward<scalar_t> f) {
   constexpr int kLanes = Team::kLanes, kItems = Team::kItems;
   auto* counts = reinterpret_cast<unsigned*>(shared_memory);  // [kExperts]
   auto* after_counts = counts + Team::kExperts;
@@ -314,8 +316,9 @@ struct First {
   }
 };
 
+// The 4 in the launch bounds keeps ptxas from spilling here, too.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads) topk_gating_block_kernel(const Forward<scalar_t> f) {
+__global__ void __launch_bounds__(kThreads, 4) topk_gating_block_kernel(const Forward<scalar_t> f) {
   using compute_t = compute_type<scalar_t>;
   const int64_t width = f.sums_width();
   compute_t* block_sums = f.block_sums + blockIdx.x * width;  // unused without stats

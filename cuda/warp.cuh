@@ -61,6 +61,18 @@ __device__ T sum_over_teams(T value) {
   return value;
 }
 
+/// Sum of the values of the lanes up to this one.   1 2 3 4  ->  1 3 6 10
+template <typename T>
+__device__ T warp_inclusive_scan(T value) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const T below = __shfl_up_sync(kFullMask, value, distance);
+    if (lane >= distance) value += below;
+  }
+  return value;
+}
+
 /// Bits of the lanes below `lane`.
 __device__ inline unsigned lanes_below(int lane) { return (1u << lane) - 1; }
 

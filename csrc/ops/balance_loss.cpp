@@ -159,10 +159,12 @@ Tensor balance_loss_backward_meta(const OptionalTensor& grad_total,
   check_sums(op, sums, coefficients, static_cast<int64_t>(kinds.size()));
   if (grad_total) {
     check_dtype(op, "grad_total", *grad_total, sums.scalar_type());
+    check_device(op, "grad_total", *grad_total, "sums", sums);
     check_sizes(op, "grad_total", *grad_total, {}, "[]");
   }
   if (grad_values) {
     check_dtype(op, "grad_values", *grad_values, sums.scalar_type());
+    check_device(op, "grad_values", *grad_values, "sums", sums);
     check_sizes(op, "grad_values", *grad_values, coefficients.sym_sizes(), "[number of losses]");
   }
   return at::empty_symint(sums.sym_sizes(), sums.options());
@@ -324,13 +326,15 @@ TORCH_LIBRARY_IMPL(equipoise, Meta, m) {
   m.impl("balance_loss", WithSchema<balance_loss_meta, Parameters, Signature>::call);
   m.impl("balance_loss_backward", balance_loss_backward_meta);
 }
+#ifndef EQUIPOISE_SIMT
 TORCH_LIBRARY_IMPL(equipoise, CPU, m) {
   m.impl("balance_loss",
          WithSchema<balance_loss_run<balance_loss_cpu>, Parameters, Signature>::call);
   m.impl("balance_loss_backward", balance_loss_backward_run<balance_loss_backward_cpu>);
 }
+#endif
 #ifdef EQUIPOISE_WITH_CUDA
-TORCH_LIBRARY_IMPL(equipoise, CUDA, m) {
+TORCH_LIBRARY_IMPL(equipoise, EQUIPOISE_CUDA_KEY, m) {
   m.impl("balance_loss",
          WithSchema<balance_loss_run<balance_loss_cuda>, Parameters, Signature>::call);
   m.impl("balance_loss_backward", balance_loss_backward_run<balance_loss_backward_cuda>);

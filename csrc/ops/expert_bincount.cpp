@@ -283,12 +283,14 @@ TORCH_LIBRARY_IMPL(equipoise, Meta, m) {
   m.impl("expert_bincount", expert_bincount_meta);
   m.impl("expert_bincount_backward", expert_bincount_backward_meta);
 }
+#ifndef EQUIPOISE_SIMT
 TORCH_LIBRARY_IMPL(equipoise, CPU, m) {
   m.impl("expert_bincount", expert_bincount_run<expert_bincount_cpu>);
   m.impl("expert_bincount_backward", expert_bincount_backward_run<expert_bincount_backward_cpu>);
 }
+#endif
 #ifdef EQUIPOISE_WITH_CUDA
-TORCH_LIBRARY_IMPL(equipoise, CUDA, m) {
+TORCH_LIBRARY_IMPL(equipoise, EQUIPOISE_CUDA_KEY, m) {
   m.impl("expert_bincount", expert_bincount_run<expert_bincount_cuda>);
   m.impl("expert_bincount_backward", expert_bincount_backward_run<expert_bincount_backward_cuda>);
 }

@@ -256,12 +256,14 @@ Results moe_permute_autograd(const Tensor& x, const Parameters& p) {
 TORCH_LIBRARY_IMPL(equipoise, Meta, m) {
   m.impl("moe_permute", WithSchema<moe_permute_meta, Parameters, Signature>::call);
 }
+#ifndef EQUIPOISE_SIMT
 TORCH_LIBRARY_IMPL(equipoise, CPU, m) {
   m.impl("moe_permute", WithSchema<moe_permute_run<moe_permute_index_cpu, moe_scatter_rows_cpu>,
                                    Parameters, Signature>::call);
 }
+#endif
 #ifdef EQUIPOISE_WITH_CUDA
-TORCH_LIBRARY_IMPL(equipoise, CUDA, m) {
+TORCH_LIBRARY_IMPL(equipoise, EQUIPOISE_CUDA_KEY, m) {
   m.impl(
       "moe_permute",
       WithSchema<moe_permute_run<index_cuda, moe_scatter_rows_cuda>, Parameters, Signature>::call);

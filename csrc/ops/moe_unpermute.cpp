@@ -15,6 +15,7 @@
 #include "../autograd.h"
 #include "../checks.h"
 #include "../library.h"
+#include "../optional_tensor.h"
 #include "moe_rows.h"
 #ifdef EQUIPOISE_WITH_CUDA
 #include "../../cuda/host.h"
@@ -94,12 +95,19 @@ Tensor moe_unpermute_meta(const Tensor& permuted, const Tensor& row_id_map,
   return at::empty_symint({row_id_map.sym_size(0), permuted.sym_size(1)}, permuted.options());
 }
 
+/// Rows as the kernels take them: at any distance, their elements side by side.
+Tensor as_rows(const Tensor& rows) {
+  return rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
+}
+
 template <auto gather>
 Tensor moe_unpermute_run(const Tensor& permuted, const Tensor& row_id_map,
                          const OptionalTensor& topk_weights) {
   auto out = moe_unpermute_meta(permuted, row_id_map, topk_weights);
   check_rows("moe_unpermute", row_id_map, permuted.size(0));
-  if (out.numel() != 0) gather(permuted, row_id_map, topk_weights, out);
+  if (out.numel() != 0) {
+    gather(as_rows(permuted), row_id_map.contiguous(), contiguous(topk_weights), out);
+  }
   return out;
 }
 
@@ -129,9 +137,9 @@ Gradients moe_unpermute_backward_run(const Tensor& grad_in, const OptionalTensor
       moe_unpermute_backward_meta(grad_in, permuted, row_id_map, topk_weights, num_rows);
   const auto& [grad_permuted, grad_weights] = results;
   check_rows("moe_unpermute_backward", row_id_map, grad_permuted.size(0));
-  const auto grad = grad_in.contiguous();
-  if (grad_permuted.numel() != 0) scatter(grad, row_id_map, topk_weights, grad_permuted);
-  if (grad_weights.numel() != 0) dot(grad, *permuted, row_id_map, grad_weights);
+  const auto grad = grad_in.contiguous(), map = row_id_map.contiguous();
+  if (grad_permuted.numel() != 0) scatter(grad, map, contiguous(topk_weights), grad_permuted);
+  if (grad_weights.numel() != 0) dot(grad, as_rows(*permuted), map, grad_weights);
   return results;
 }
 
@@ -208,13 +216,15 @@ TORCH_LIBRARY_IMPL(equipoise, Meta, m) {
   m.impl("moe_unpermute", moe_unpermute_meta);
   m.impl("moe_unpermute_backward", moe_unpermute_backward_meta);
 }
+#ifndef EQUIPOISE_SIMT
 TORCH_LIBRARY_IMPL(equipoise, CPU, m) {
   m.impl("moe_unpermute", moe_unpermute_run<moe_gather_rows_cpu>);
   m.impl("moe_unpermute_backward",
          moe_unpermute_backward_run<moe_scatter_rows_cpu, moe_dot_rows_cpu>);
 }
+#endif
 #ifdef EQUIPOISE_WITH_CUDA
-TORCH_LIBRARY_IMPL(equipoise, CUDA, m) {
+TORCH_LIBRARY_IMPL(equipoise, EQUIPOISE_CUDA_KEY, m) {
   m.impl("moe_unpermute", moe_unpermute_run<moe_gather_rows_cuda>);
   m.impl("moe_unpermute_backward",
          moe_unpermute_backward_run<moe_scatter_rows_cuda, moe_dot_rows_cuda>);

@@ -208,7 +208,7 @@ Results topk_gating_run(const Tensor& logits, const Parameters& p) {
 
 void check_backward(const OptionalTensor& grad_weights, const OptionalTensor& grad_lse,
                     const OptionalTensor& grad_sums, const Tensor& logits,
-                    const Tensor& topk_indices) {
+                    const Tensor& topk_indices, const OptionalTensor& lse) {
   constexpr const char* op = "topk_gating_backward";
   check_floating(op, "logits", logits);
   TORCH_CHECK(logits.dim() >= 1 && topk_indices.dim() == logits.dim(), op,
@@ -217,27 +217,28 @@ void check_backward(const OptionalTensor& grad_weights, const OptionalTensor& gr
   check_dtype(op, "topk_indices", topk_indices, at::kLong);
   check_device(op, "topk_indices", topk_indices, "logits", logits);
   const auto compute = accumulate_type(logits.scalar_type());
-  const auto check_gradient = [&](const char* name, const OptionalTensor& grad,
+  const auto check_optional = [&](const char* name, const OptionalTensor& tensor,
                                   c10::SymIntArrayRef sizes, const char* meaning) {
-    if (!grad) return;
-    check_dtype(op, name, *grad, compute);
-    check_device(op, name, *grad, "logits", logits);
-    check_sizes(op, name, *grad, sizes, meaning);
+    if (!tensor) return;
+    check_dtype(op, name, *tensor, compute);
+    check_device(op, name, *tensor, "logits", logits);
+    check_sizes(op, name, *tensor, sizes, meaning);
   };
   const auto width = 2 * logits.sym_size(-1) + RoutingSums::kTail;
-  check_gradient("grad_weights", grad_weights, topk_indices.sym_sizes(), "of topk_indices");
-  check_gradient("grad_lse", grad_lse, logits.sym_sizes().slice(0, logits.dim() - 1),
-                 "of logits without its last");
-  check_gradient("grad_sums", grad_sums, {width}, "[2 E + 5]");
+  const auto leading = logits.sym_sizes().slice(0, logits.dim() - 1);
+  check_optional("grad_weights", grad_weights, topk_indices.sym_sizes(), "of topk_indices");
+  check_optional("grad_lse", grad_lse, leading, "of logits without its last");
+  check_optional("lse", lse, leading, "of logits without its last");
+  check_optional("grad_sums", grad_sums, {width}, "[2 E + 5]");
 }
 
 Tensor topk_gating_backward_meta(const OptionalTensor& grad_weights, const OptionalTensor& grad_lse,
                                  const OptionalTensor& grad_sums, const Tensor& logits,
-                                 const Tensor& topk_indices, const OptionalTensor& /*lse*/,
+                                 const Tensor& topk_indices, const OptionalTensor& lse,
                                  std::string_view score_function, bool, double,
                                  const OptionalTensor& token_mask, const OptionalTensor&,
                                  const OptionalTensor&) {
-  check_backward(grad_weights, grad_lse, grad_sums, logits, topk_indices);
+  check_backward(grad_weights, grad_lse, grad_sums, logits, topk_indices, lse);
   check_score_function(score_function);
   if (token_mask) check_token_mask(logits, *token_mask);
   return at::empty_symint(logits.sym_sizes(), logits.options());
@@ -473,7 +474,7 @@ Tensor topk_gating_backward_autograd(const OptionalTensor& grad_weights,
                                      double scaling_factor, const OptionalTensor& token_mask,
                                      const OptionalTensor&, const OptionalTensor&) {
   if (differentiating(grad_weights, grad_lse, grad_sums, logits)) {
-    check_backward(grad_weights, grad_lse, grad_sums, logits, topk_indices);
+    check_backward(grad_weights, grad_lse, grad_sums, logits, topk_indices, lse);
     return topk_gating_backward_composite(grad_weights, grad_lse, grad_sums, logits, topk_indices,
                                           norm_topk_prob, scaling_factor, token_mask);
   }
@@ -488,12 +489,14 @@ TORCH_LIBRARY_IMPL(equipoise, Meta, m) {
   m.impl("topk_gating", WithSchema<topk_gating_meta, Parameters, Signature>::call);
   m.impl("topk_gating_backward", topk_gating_backward_meta);
 }
+#ifndef EQUIPOISE_SIMT
 TORCH_LIBRARY_IMPL(equipoise, CPU, m) {
   m.impl("topk_gating", WithSchema<topk_gating_run<topk_gating_cpu>, Parameters, Signature>::call);
   m.impl("topk_gating_backward", topk_gating_backward_run<topk_gating_backward_cpu>);
 }
+#endif
 #ifdef EQUIPOISE_WITH_CUDA
-TORCH_LIBRARY_IMPL(equipoise, CUDA, m) {
+TORCH_LIBRARY_IMPL(equipoise, EQUIPOISE_CUDA_KEY, m) {
   m.impl("topk_gating", WithSchema<topk_gating_run<topk_gating_cuda>, Parameters, Signature>::call);
   m.impl("topk_gating_backward", topk_gating_backward_run<topk_gating_backward_cuda>);
 }

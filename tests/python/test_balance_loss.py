@@ -8,6 +8,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import equipoise.functional as F
 from equipoise import ops, reference
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def switch_by_hand(logits, top_k):
     """Fedus 2021, equations 4 to 6, with f over the K choices of a token so that it sums to 1."""
@@ -173,6 +175,7 @@ def test_compile_and_export(compiled):
     torch.testing.assert_close(exported.module()(logits), loss(logits))
 
 
+@pytest.mark.cpu_only("the generated code only calls the op")
 def test_inductor_and_aot_inductor(tmp_path):
     class Loss(torch.nn.Module):
         def forward(self, logits):
@@ -188,6 +191,7 @@ def test_inductor_and_aot_inductor(tmp_path):
     torch.testing.assert_close(torch._inductor.aoti_load_package(package)(logits), Loss()(logits))
 
 
+@pytest.mark.cpu_only("the checks are shared; values are checked on the CPU alone")
 def test_bad_input():
     r = F.topk_gating(torch.randn(4, 3), 1)
     with pytest.raises(
@@ -206,3 +210,7 @@ def test_bad_input():
         ops.balance_loss(r.sums, torch.ones(1), ["z"], 4)
     with pytest.raises(RuntimeError, match="coefficients must not require a gradient"):
         ops.balance_loss(r.sums, torch.ones(1, requires_grad=True), ["z"], 1)
+    with pytest.raises(RuntimeError, match="grad_total must be on the device of sums"):
+        ops.balance_loss_backward(
+            torch.ones((), device="meta"), None, r.sums, torch.ones(1), [0], 1
+        )

@@ -9,6 +9,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import equipoise.functional as F
 from equipoise import ops, reference
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def sample_inputs(dtype=torch.float32):
     """(x, topk_indices, num_experts, topk_weights)."""
@@ -77,6 +79,7 @@ def test_layouts():
 
 
 @pytest.mark.parametrize("tokens,top_k,width", [(0, 2, 3), (3, 0, 3), (3, 2, 0)])
+@pytest.mark.no_launch
 def test_empty(tokens, top_k, width):
     x = torch.empty(tokens, width, requires_grad=True)
     p = F.moe_permute(x, torch.zeros(tokens, top_k, dtype=torch.long), 4, torch.ones(tokens, top_k))
@@ -152,6 +155,7 @@ def test_compile_and_export(compiled):
         assert torch.equal(a, b)
 
 
+@pytest.mark.cpu_only("the generated code only calls the op")
 def test_inductor_and_aot_inductor(tmp_path):
     class Move(torch.nn.Module):
         def forward(self, x, indices):
@@ -168,12 +172,13 @@ def test_inductor_and_aot_inductor(tmp_path):
     torch.testing.assert_close(torch._inductor.aoti_load_package(package)(*inputs), want)
 
 
+@pytest.mark.cpu_only("about threads of the CPU")
 def test_same_bits_for_any_number_of_threads():
     x, indices = torch.randn(5000, 8), torch.randint(-1, 30, (5000, 6))
     threads = torch.get_num_threads()
     try:
         results = []
-        for count in (1, 2, 3):
+        for count in (1, 2, 7):
             torch.set_num_threads(count)
             results.append(F.moe_permute(x, indices, 30))
     finally:
@@ -213,6 +218,7 @@ def test_same_bits_for_any_number_of_threads():
         (dict(capacity=3), "capacity is not accepted"),
     ],
 )
+@pytest.mark.cpu_only("the checks are shared; values are checked on the CPU alone")
 def test_bad_input(change, message):
     arguments = (
         dict(x=torch.zeros(2, 3), topk_indices=torch.tensor([[1], [0]]), num_experts=4) | change

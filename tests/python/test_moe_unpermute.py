@@ -9,6 +9,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import equipoise.functional as F
 from equipoise import ops, reference
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def sample_inputs(dtype=torch.float32):
     """(permuted, row_id_map, topk_weights): a map as moe_permute makes it, with weights of every
@@ -24,7 +26,7 @@ def sample_inputs(dtype=torch.float32):
         indices = torch.randint(-1, experts, (tokens, top_k))
         row_id_map = F.moe_permute(torch.zeros(tokens, 1), indices, experts).row_id_map
         permuted = torch.randn(tokens * top_k, width, dtype=torch.float64).to(dtype)
-        for kind in {None, compute, dtype}:
+        for kind in dict.fromkeys((None, compute, dtype)):  # in an order that does not change
             yield permuted, row_id_map, None if kind is None else torch.rand(tokens, top_k).to(kind)
 
 
@@ -58,10 +60,16 @@ def test_empty_slots_read_nothing():
 
 
 def test_layouts_and_empty():
-    permuted = torch.randn(5, 6).t()
+    base = torch.randn(6, 16)
     row_id_map = torch.tensor([[0, 3], [1, 5]]).t()
-    want = reference.moe_unpermute(permuted, row_id_map)
-    torch.testing.assert_close(F.moe_unpermute(permuted, row_id_map), want)
+    for permuted in (torch.randn(5, 6).t(), base[:, 3:10], base[:, :8], base[:1].expand(6, 16)):
+        weights = torch.rand(2, 2).t().requires_grad_()
+        want = reference.moe_unpermute(permuted.contiguous(), row_id_map, weights)
+        got = F.moe_unpermute(permuted, row_id_map, weights)
+        torch.testing.assert_close(got, want)
+        (grad,) = torch.autograd.grad(got.sum(), weights)
+        (want_grad,) = torch.autograd.grad(want.sum(), weights)
+        torch.testing.assert_close(grad, want_grad)
     for tokens, top_k, width in [(0, 2, 3), (3, 0, 3), (3, 2, 0)]:
         rows = torch.empty(tokens * top_k, width)
         row_id_map = torch.arange(tokens * top_k).view(tokens, top_k)
@@ -150,6 +158,7 @@ def test_compile(compiled):
         ),
     ],
 )
+@pytest.mark.cpu_only("the checks are shared; values are checked on the CPU alone")
 def test_bad_input(change, message):
     arguments = dict(permuted=torch.zeros(4, 3), row_id_map=torch.tensor([[1], [0]])) | change
     with pytest.raises(RuntimeError, match=f"moe_unpermute: {message}"):

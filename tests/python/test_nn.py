@@ -47,6 +47,7 @@ def poison():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.usefixtures("backend")
 def test_moe_layer_equals_the_loop(dtype, activation, masked, poison):
     for d_model, d_hidden in [(8, 16), (5, 7)]:
         layer = nn.MoELayer(d_model, d_hidden, 6, 3, activation=activation, dtype=dtype)
@@ -86,6 +87,7 @@ def test_moe_layer_in_half_types(dtype):
         assert got.dtype == dtype and error < (2e-2 if dtype == torch.bfloat16 else 3e-3)
 
 
+@pytest.mark.usefixtures("backend")
 def test_uninitialised_rows_reach_nothing(poison):
     """grouped_mm leaves the rows of masked tokens unwritten: here they are NaN."""
     offsets = torch.tensor([0, 2, 3])

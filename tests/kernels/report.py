@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks the machine code of the CUDA kernels and the memory they move; writes docs/kernels.md.
+
+make kernels runs ``report.py BUILD [--interpreter RUN] [--check]``. BUILD is a CMake tree, whose
+flags are used. RUN starts a program on an interpreter of PTX; without it only the machine code is
+looked at and nothing is written. With --check nothing is written either, and it is an error if
+docs/kernels.md would change. Exit status 1 if a rule is broken: no spills, no local memory, 16-byte
+access where it matters, no more registers than CEILINGS, barriers around tickets, at most
+MOST_TRAFFIC times the least traffic, every kernel executed.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from machine_code import ARCHITECTURES, ROOT, Kernel, compiler, read
+from traffic import EXPERTS, MINIMUM, SIZES, TOP_K, WIDTH, Interpreter
+
+DOCUMENT = ROOT / "docs/kernels.md"
+MOST_TRAFFIC = 1.15
+
+# Kernels that must load and store 16 bytes at once: (load, store).
+HOT = {
+    "topk_gating_team_kernel": (True, False),  # it writes K numbers of a row
+    "topk_gating_backward_team_kernel": (True, True),
+    "moe_scatter_rows_kernel": (True, True),
+    "moe_zero_rows_kernel": (False, True),
+    "moe_gather_rows_kernel": (True, True),
+    "moe_dot_rows_kernel": (True, False),
+}
+
+# Kernels whose last block to arrive adds up what the others wrote: they take two tickets.
+TICKETS = {"topk_gating_team_kernel", "topk_gating_block_kernel", "expert_bincount_weighted_kernel"}
+
+# Registers of a thread. With 64 a multiprocessor holds 1024 threads, the most of sm_75 and half of
+# what most others can; with 80 it holds 3 blocks of 256, with 128 it holds 2. Those that need more
+# than 64 have the first of these steps that nvcc 13.0 stays within.
+DEFAULT_CEILING = 64
+CEILINGS = {
+    "moe_gather_rows_kernel, 16 bytes": 80,  # 4 pieces on their way, 8 sums
+    "moe_dot_rows_kernel, 16 bytes": 80,  # float64 on sm_75
+    "topk_gating_team_kernel, E > 256": 128,  # 16 experts a lane: logits, scores, sums, loads
+    "topk_gating_backward_team_kernel, E > 256": 128,
+    "topk_gating_backward_block_kernel": 128,  # float64; asks for 1 block per multiprocessor
+}
+
+
+def group(kernel: Kernel) -> str:
+    """The row of the table that an instance belongs to."""
+    arguments = kernel.arguments.split(", ")
+    if "Team<" in kernel.arguments:
+        return f"{kernel.name}, E {'>' if 'Team<32, 16>' in kernel.arguments else '<='} 256"
+    if kernel.name in HOT:
+        return f"{kernel.name}, {'single values' if arguments[-1] == '1' else '16 bytes'}"
+    return kernel.name
+
+
+def faults_of(kernels: list[Kernel]) -> Iterable[str]:
+    """What breaks the rules of machine code."""
+    for k in kernels:
+        where = f"{k.instance} on sm_{k.architecture}"
+        for fault in k.faults:
+            yield f"{where}: {fault}"
+        if k.spilled or k.local:
+            yield f"{where}: {k.spilled} bytes spilled, {k.local} bytes of local memory"
+        ceiling = CEILINGS.get(group(k), DEFAULT_CEILING)
+        if k.registers > ceiling:
+            yield f"{where}: {k.registers} registers, more than {ceiling}"
+        load, store = (False, False) if "single values" in group(k) else HOT.get(k.name, (0, 0))
+        if load and k.load < 128:
+            yield f"{where}: loads at most {k.load} bits at once"
+        if store and k.store < 128:
+            yield f"{where}: stores at most {k.store} bits at once"
+        if k.tickets != (2 if k.name in TICKETS else 0):
+            yield f"{where}: {k.tickets} tickets"
+    names = {k.name for k in kernels}
+    for name in sorted((HOT.keys() | TICKETS) - names):
+        yield f"there is no {name}"
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """Markdown; the first column is text."""
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def resources(rows: dict[str, list[Kernel]]) -> str:
+    """A table with the worst of each row: registers per architecture, the rest over all."""
+    body = []
+    for name, kernels in rows.items():
+        of = [max(k.registers for k in kernels if k.architecture == a) for a in ARCHITECTURES]
+        most = [max(getattr(k, what) for k in kernels) for what in ("shared", "spilled", "local")]
+        least = [min(getattr(k, what) for k in kernels) or "" for what in ("load", "store")]
+        body.append([name, *of, CEILINGS.get(group(kernels[0]), DEFAULT_CEILING), *most, *least])
+    head = ["Kernel", *(f"sm_{a}" for a in ARCHITECTURES), "at most"]
+    return table([*head, "shared", "spilled", "local", "load", "store"], body)
+
+
+def rows_by(kernels: list[Kernel], key) -> dict[str, list[Kernel]]:
+    rows: dict[str, list[Kernel]] = {}
+    for k in kernels:
+        rows.setdefault(key(k), []).append(k)
+    return dict(sorted(rows.items()))
+
+
+def machine_code_text(kernels: list[Kernel], nvcc: str) -> str:
+    hot = [k for k in kernels if k.name in HOT and k.arguments.startswith("BFloat16")]
+    return f"""## Machine code
+
+From {nvcc}. Registers of a thread on each architecture, the most that is accepted, bytes of static
+shared memory, bytes spilled, bytes of local memory, and bits of the widest load from and store to
+global memory. A row is the worst of all instances of a kernel, in the last six columns of all
+architectures too.
+
+{resources(rows_by(kernels, group))}
+In {", ".join(f"`{name}`" for name in sorted(TICKETS))} the last block to arrive adds up what the
+others wrote. On every path through their machine code a memory barrier of the whole device stands
+before each of the two tickets, after the last store, and behind it, before the next load.
+
+The instances for bfloat16 that matter most; `topk_gating_team_kernel` for a team of (lanes, experts
+of a lane), with statistics or not, with bias and weights of tokens or not:
+
+{resources(rows_by(hot, lambda k: k.instance))}"""
+
+
+def traffic_text(interpreter: Interpreter, ptx_log: Path, faults: list[str]) -> str:
+    rows = []
+    for op, minimum in MINIMUM.items():
+        for tokens in SIZES:
+            least = minimum(tokens)
+            kernels = interpreter.traffic(op, tokens)
+            moved = sum(sectors for sectors, *_ in kernels.values())
+            if moved > MOST_TRAFFIC * least or not kernels:
+                faults.append(f"{op}, T = {tokens}: {moved} sectors, at least {least:.0f}")
+            head = [f"{moved / tokens:.2f}", f"{least / tokens:.2f}", f"{moved / least:.2f}"]
+            rows.append([f"**{op}, T = {tokens}**", *head, "", ""])
+            for name, (sectors, passes, ideal) in kernels.items():
+                shared = [f"{passes / tokens:.2f}", f"{ideal / tokens:.2f}"] if ideal else ["", ""]
+                rows.append([name, f"{sectors / tokens:.2f}", "", "", *shared])
+    missed = interpreter.not_executed(ptx_log)
+    faults += [f"{name} was not executed" for name in missed]
+    head = ["Kernel", "sectors", "least", "ratio", "shared passes", "without conflicts"]
+    return f"""
+## Memory moved
+
+Per token, E = {EXPERTS}, K = {TOP_K}, H = {WIDTH}, bfloat16, forward. Sectors of 32 bytes of global
+memory, as each instruction of each warp touches them: no cache is assumed. The least is inputs and
+outputs once, for the gating also one partial [E] of each block (64 sectors at E = 128: its counts,
+and its sums written and read). A ratio above {MOST_TRAFFIC} is an error. Passes of shared memory,
+and how many they were if no two lanes met in a bank.
+
+{table(head, rows)}
+## Not executed
+
+Instances of kernels that no test runs, of the tests marked `cuda` on an interpreter of PTX
+(compute_80): {", ".join(f"`{name}`" for name in missed) or "none"}.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("build", type=Path)
+    parser.add_argument("--interpreter", type=Path)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+
+    kernels = read(options.build, int(os.environ.get("JOBS", "2")))
+    faults = list(faults_of(kernels))
+    if options.interpreter:
+        nvcc = compiler(options.build)
+        library = options.build / "ptx_80/libequipoise.so"
+        ptx_log = options.build.parent / "ptx/launches"
+        text = "# Kernels\n\nWritten by `make kernels`, which checks all that is said here.\n\n"
+        text += machine_code_text(kernels, nvcc)
+        text += traffic_text(Interpreter(options.interpreter, library), ptx_log, faults)
+        old = DOCUMENT.read_text() if DOCUMENT.exists() else ""
+        if not options.check:
+            DOCUMENT.parent.mkdir(exist_ok=True)
+            DOCUMENT.write_text(text)
+        elif nvcc in old and old != text:
+            faults.append("docs/kernels.md is not up to date: make kernels")
+    for fault in faults:
+        print(fault)
+    most = max(kernels, key=lambda k: k.registers)
+    print(
+        f"kernels: {len(kernels)} instances on {len(ARCHITECTURES)} architectures, "
+        f"{sum(k.spilled for k in kernels)} bytes spilled, at most {most.registers} registers "
+        f"({most.instance}, sm_{most.architecture}); {len(faults)} faults"
+    )
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

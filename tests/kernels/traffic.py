@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory the kernels move, counted by an interpreter of PTX while it runs them.
+
+It counts, for each instruction of each warp, the 32-byte sectors of global memory that its lanes
+touch (no cache is assumed), and the passes that its accesses to shared memory take on 32 banks.
+Run as a program, on the interpreter, this file calls one op on one size.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from machine_code import ROOT, readable
+
+SIZES = (512, 4096)
+EXPERTS, TOP_K, WIDTH = 128, 8, 1024  # bfloat16
+SECTOR = 32
+
+
+def minimum_of_gating(tokens: int) -> float:
+    """Sectors of inputs, outputs and one partial [E] per block, which has 16 tokens at E = 128."""
+    logits = tokens * EXPERTS * 2
+    chosen = tokens * TOP_K * (4 + 8)
+    lse = tokens * 4
+    totals = EXPERTS * 8 + (2 * EXPERTS + 5) * 4
+    # Each block adds its counts (8 bytes); its sums of p (4 bytes) are written and read once.
+    partials = min(tokens // 16, 512) * EXPERTS * (8 + 4 + 4)
+    return (logits + chosen + lse + totals + partials) / SECTOR
+
+
+def minimum_of_permutation(tokens: int) -> float:
+    """Sectors of inputs and outputs: a row is read once and written K times."""
+    rows = tokens * (1 + TOP_K) * WIDTH * 2
+    slots = tokens * TOP_K * (8 + 8)
+    totals = (2 * EXPERTS + 1) * 8
+    return (rows + slots + totals) / SECTOR
+
+
+MINIMUM = {"topk_gating": minimum_of_gating, "moe_permute": minimum_of_permutation}
+
+
+class Interpreter:
+    """`run` starts a program in place of a GPU; `library` is equipoise with PTX."""
+
+    def __init__(self, run: Path, library: Path):
+        self.run, self.library = run, library
+
+    def stderr(self, *program: str, **settings: str) -> str:
+        """What the interpreter says while it runs a Python program."""
+        preload = 'LD_PRELOAD="$LD_PRELOAD:$EQUIPOISE_LIBRARY" exec "$@"'
+        command = [str(self.run), "sh", "-c", preload, "sh", sys.executable, *program]
+        settings |= {
+            "EQUIPOISE_LIBRARY": str(self.library),
+            "PTXRUN_CC": "80",
+            "PTXRUN_STRICT": "1",
+        }
+        done = subprocess.run(
+            command, env={**os.environ, **settings}, cwd=ROOT, capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            raise SystemExit(f"{' '.join(program)} failed\n{done.stdout}{done.stderr[-4000:]}")
+        return done.stderr
+
+    def traffic(self, op: str, tokens: int) -> dict[str, tuple[int, int, int]]:
+        """Per kernel: sectors, passes of shared memory, passes without any bank conflict."""
+        text = self.stderr(__file__, op, str(tokens), PTXRUN_STATS="1")
+        pattern = r"\[ptxrun\] (\w+): .* sectors (\d+) .* shared passes (\d+) \(ideal (\d+)\)"
+        return {
+            readable(name)[0]: (int(sectors), int(passes), int(ideal))
+            for name, sectors, passes, ideal in re.findall(pattern, text)
+        }
+
+    def not_executed(self, log: Path) -> list[str]:
+        """Instances of kernels in the library that no test marked `cuda` runs.
+
+        `log` is what make test-ptx has left of its last run of them; an older one is not believed.
+        """
+        if log.exists() and log.stat().st_mtime > self.library.stat().st_mtime:
+            text = log.read_text()
+        else:
+            tests = ["-m", "pytest", "-q", "-m", "cuda", "--capture=sys", "tests/python"]
+            text = self.stderr(*tests, PTXRUN_VERBOSE="1")
+        entries = re.findall(r"[.]entry (\w+)", self.library.read_text(errors="ignore"))
+        launched = re.findall(r"^\[ptxrun\] (\w+)<<<", text, re.M)
+        missed = set(map(readable, entries)) - set(map(readable, set(launched)))
+        return sorted(" ".join(name) for name in missed)
+
+
+def main() -> None:
+    """traffic.py OP TOKENS"""
+    import torch
+
+    import equipoise.functional as F
+
+    op, tokens = sys.argv[1], int(sys.argv[2])
+    torch.manual_seed(0)
+    logits = torch.randn(tokens, EXPERTS).bfloat16()
+    if op == "topk_gating":
+        F.topk_gating(logits.cuda(), TOP_K)
+    else:
+        indices = F.topk_gating(logits, TOP_K).topk_indices
+        F.moe_permute(torch.randn(tokens, WIDTH).bfloat16().cuda(), indices.cuda(), EXPERTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op on CUDA, forward and backward, against the CPU backend in float64.
+
+These tests run on a GPU, and without one under an interpreter of PTX (``make test-ptx``), which has
+no kernels but those of this library. So tensors are made on the CPU and moved, gradients are given,
+and results are compared on the CPU: nothing else may touch a tensor of the device. The sizes are
+those that reach every kernel, small enough for an interpreter.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import test_expert_bincount
+import test_moe_permute
+import test_moe_unpermute
+import test_topk_gating
+import torch
+from helpers import FLOATS, tolerance
+from test_topk_gating import make_logits
+
+import equipoise.functional as F
+from equipoise import _build, ops
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not _build.cuda, reason="the library was built without CUDA"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+bits = hashlib.sha256()  # of all that came back from the device in this test
+
+
+@pytest.fixture(autouse=True)
+def _digest(request):
+    """Adds a line to the file EQUIPOISE_DIGEST: in two runs with equal files all bits are equal."""
+    global bits
+    bits = hashlib.sha256()
+    yield
+    if path := os.environ.get("EQUIPOISE_DIGEST"):
+        with open(path, "a") as file:
+            print(bits.hexdigest(), request.node.name, file=file)
+
+
+# ---- on the device, and in float64 on the CPU ----------------------------------------------------
+
+
+def compute_type(dtype):
+    """The type of what is computed from inputs of this type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def on_cuda(tensor):
+    """The tensor on the device in the same layout: a view, if it was one."""
+    if tensor is None:
+        return None
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    moved = storage.cuda().as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+    return moved.requires_grad_(tensor.requires_grad)
+
+
+def in_float64(tensor):
+    """The same numbers; integers and masks stay as they are."""
+    if tensor is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+
+def evaluate(function, inputs):
+    """The outputs of function(*inputs) and the gradients for the inputs that want one, from all its
+    differentiable outputs together and from each alone; on the CPU.
+    """
+    outputs = function(*inputs)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    wanted = [i for i in inputs if i is not None and i.requires_grad]
+    roots = [o for o in outputs if o.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    # Of eight bits, so that they are the same numbers in every type.
+    probes = [torch.randn(r.shape, generator=generator).bfloat16() for r in roots]
+    probes = [p.to(r.dtype).to(r.device) for p, r in zip(probes, roots, strict=True)]
+    groups = [range(len(roots))] if wanted and roots else []
+    if len(roots) > 1:
+        groups += [[i] for i in range(len(roots))]
+    gradients = []
+    for group in groups:
+        gradients += torch.autograd.grad(
+            [roots[i] for i in group],
+            wanted,
+            [probes[i] for i in group],
+            retain_graph=True,
+            allow_unused=True,
+        )
+    gradients = [g for g in gradients if g is not None]
+    return [o.detach().cpu() for o in outputs], [g.cpu() for g in gradients]
+
+
+def run_on_cuda(function, inputs):
+    results = evaluate(function, [on_cuda(i) for i in inputs])
+    for result in sum(results, []):
+        bits.update(result.contiguous().view(-1).view(torch.uint8).numpy())
+    return results
+
+
+def check(function, *inputs):
+    """function(*inputs) has the same outputs and gradients on CUDA as in float64 on the CPU."""
+    outputs, gradients = run_on_cuda(function, inputs)
+    exact_outputs, exact_gradients = evaluate(function, [in_float64(i) for i in inputs])
+    for got, want in zip(outputs, exact_outputs, strict=True):
+        if got.is_floating_point():
+            torch.testing.assert_close(got.double(), want, **tolerance(got.dtype))
+        else:
+            assert torch.equal(got, want)
+    for got, want in zip(gradients, exact_gradients, strict=True):
+        bounds = tolerance(got.dtype)
+        bounds["atol"] *= 5 * (1 + (want.abs().max().item() if want.numel() else 0))
+        torch.testing.assert_close(got.double(), want, **bounds)
+
+
+def test_one_library_is_loaded():
+    """Two would mean that another one than the tested one may have answered."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    loaded = {line.split()[-1] for line in lines if line.endswith("/libequipoise.so")}
+    assert len(loaded) == 1
+    if path := os.environ.get("EQUIPOISE_LIBRARY"):
+        assert loaded == {os.path.realpath(path)}
+
+
+# ---- topk_gating ---------------------------------------------------------------------------------
+
+
+def check_gating(logits, expert_bias=None, token_mask=None, **arguments):
+    def as_computed(tensor):  # what is cast would be cast by a kernel of torch
+        is_float = tensor is not None and tensor.is_floating_point()
+        return tensor.to(compute_type(logits.dtype)) if is_float else tensor
+
+    def gate(logits, expert_bias, token_mask):
+        return F.topk_gating(logits, expert_bias=expert_bias, token_mask=token_mask, **arguments)
+
+    logits = logits.detach().requires_grad_()
+    check(gate, logits, as_computed(expert_bias), as_computed(token_mask))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gating_samples(dtype):
+    for logits, arguments in test_topk_gating.sample_inputs(dtype):
+        check_gating(logits, **arguments)
+
+
+# Tokens and experts of every team of lanes, and of more experts than a team takes; with a block of
+# its own, several blocks, and more blocks than one adds up.
+SIZES = [(1, 1), (600, 8), (150, 32), (70, 64), (40, 100), (40, 128), (270, 250), (20, 512)]
+SIZES += [(5, 513), (3, 1000)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("tokens,experts", SIZES)
+def test_gating_sizes(tokens, experts, dtype):
+    if dtype == torch.float64:  # a block has one token at a time
+        tokens = (tokens + 3) // 4
+    logits = make_logits(tokens, experts, dtype)
+    logits[0, 0] = torch.nan
+    logits[-1, experts // 2] = -torch.inf
+    logits[tokens // 2] = logits[tokens // 2].round()  # ties
+    top_k = min(experts, 6)
+    bias = torch.randn(experts) / 10
+    mask = torch.rand(tokens) < 0.7
+    weights = torch.rand(tokens) * mask
+    for norm, n in ((False, tokens), (True, 40)):
+        arguments = dict(norm_topk_prob=norm, scaling_factor=1.5)
+        check_gating(logits[:n], top_k=top_k, **arguments)
+        check_gating(logits[:n], top_k=1, expert_bias=bias, token_mask=weights[:n], **arguments)
+        check_gating(logits[:40], top_k=top_k, stats=False, **arguments)
+        check_gating(logits[:9], top_k=min(experts, 33), token_mask=mask[:9], **arguments)
+        check_gating(logits[:9], top_k=top_k, expert_bias=bias, stats=False, **arguments)
+
+
+def test_gating_many_blocks():
+    """More tokens than a grid takes at once, forward and backward."""
+    check_gating(make_logits(600, 4, torch.float64), top_k=2)
+    check_gating(make_logits(2100, 4, torch.float64), top_k=1, stats=False)
+    check_gating(make_logits(16500, 130), top_k=2, norm_topk_prob=True, stats=False)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("experts,top_k", [(8, 3), (70, 6), (128, 20), (600, 5)])
+def test_gating_ties(experts, top_k, dtype):
+    logits = torch.randint(0, 3, (20, experts)).to(dtype)
+    logits[::2] *= 2 * torch.rand(10, experts).round() - 1  # -0 is 0
+    check_gating(logits, top_k=top_k)
+    check_gating(logits, top_k=top_k, expert_bias=torch.randint(0, 2, (experts,)).float())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gating_absent_experts(dtype):
+    inf, nan = torch.inf, torch.nan
+    rows = [[1, -inf, 0, nan], [-inf] * 4, [nan] * 4, [inf, 0, inf, -inf], [-inf, -inf, 3, -inf]]
+    for experts in (4, 600):
+        logits = torch.tensor(rows, dtype=dtype)
+        logits = torch.nn.functional.pad(logits, (0, experts - 4), value=-inf)
+        check_gating(logits[[0, 1, 2, 4]], top_k=3, norm_topk_prob=True)
+        got, want = (F.topk_gating(x, 3, norm_topk_prob=True) for x in (logits.cuda(), logits))
+        for a, b in zip(got, want, strict=True):  # 1e36 among the sums
+            torch.testing.assert_close(a.cpu(), b)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("experts", [30, 520])
+def test_gating_layouts(experts, dtype):
+    base = make_logits(9, experts + 40, dtype)
+    for view in (
+        base[:, 1 : experts + 1],
+        base[::2, 16 : 16 + experts],
+        base[:1, 8:].expand(5, -1),
+    ):
+        check_gating(view, top_k=2)
+    leading = make_logits(24, experts, dtype).view(2, 3, 4, experts)
+    check_gating(leading, top_k=3, token_mask=torch.rand(2, 3, 4) < 0.5)
+
+
+def test_gating_reports_bad_token_weights():
+    logits, weights = make_logits(5, 6), torch.tensor([1.0, -1.0, torch.nan, 0.0, 2.0])
+    for columns in (6, 600):
+        padded = torch.nn.functional.pad(logits, (0, columns - 6), value=-torch.inf)
+        sums = F.topk_gating(padded.cuda(), 2, token_mask=weights.cuda()).sums.cpu()
+        assert sums[-1] == 2 and sums[-5] == 3
+
+
+# ---- expert_bincount -----------------------------------------------------------------------------
+
+
+def check_bincount(indices, experts, weights=None, token_mask=None):
+    def count(indices, weights, token_mask):
+        return F.expert_bincount(indices, experts, weights, token_mask)
+
+    check(count, indices, weights, token_mask)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bincount(dtype):
+    for indices, experts, weights, mask in test_expert_bincount.sample_inputs(dtype):
+        weights = None if weights is None else weights.requires_grad_()
+        check_bincount(indices, experts, weights, mask)
+    # One segment, several, more than one block adds up, long ones whose length 32 does not divide.
+    for tokens, top_k, experts in [(100, 2, 8), (401, 3, 20), (4500, 2, 40), (5000, 2, 8192)]:
+        weights = torch.rand(tokens, top_k, dtype=torch.float64).to(dtype).requires_grad_()
+        check_bincount(torch.randint(-1, experts, (tokens, top_k)), experts, weights)
+
+
+def test_bincount_many_slots_and_experts():
+    check_bincount(torch.randint(-1, 5, (131500, 4)), 5)  # more than a grid takes at once
+    for experts in (12032, 12033):  # the last that fit into shared memory, the first that do not
+        check_bincount(torch.randint(-1, experts, (700, 3)), experts)
+
+
+def test_bincount_skips_what_is_no_expert():
+    indices = torch.tensor([[0, 7], [-5, 2], [3, -1]]).cuda()
+    assert F.expert_bincount(indices, 3).tolist() == [1, 0, 1]
+    weights = torch.ones(3, 2).cuda()
+    assert F.expert_bincount(indices, 3, weights).tolist() == [1, 0, 1]
+    grad = ops.expert_bincount_backward(torch.ones(3).cuda(), indices, None, torch.float32)
+    assert grad.tolist() == [[1, 0], [0, 1], [0, 0]]
+
+
+# ---- moe_permute and moe_unpermute ---------------------------------------------------------------
+
+
+def check_permute(x, indices, experts, weights=None):
+    def permute(x, indices, weights):
+        return F.moe_permute(x, indices, experts, weights)
+
+    x = x.detach().requires_grad_()
+    check(permute, x, indices, None if weights is None else weights.requires_grad_())
+
+
+def check_unpermute(permuted, row_id_map, weights=None):
+    permuted = permuted.detach().requires_grad_()
+    weights = None if weights is None else weights.detach().requires_grad_()
+    check(F.moe_unpermute, permuted, row_id_map, weights)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_permute(dtype):
+    for x, indices, experts, weights in test_moe_permute.sample_inputs(dtype):
+        check_permute(x, indices, experts, weights)
+    # One expert; a token at a time; more pairs than one block sorts; more experts than it has
+    # memory for, with and without room for a second segment.
+    for tokens, top_k, experts, width in [
+        (300, 1, 1, 8),
+        (1, 8, 64, 40),
+        (2050, 4, 30, 16),
+        (50, 3, 12032, 8),
+        (50, 3, 12033, 8),
+    ]:
+        x = torch.randn(tokens, width).to(dtype)
+        indices = torch.randint(-1, experts, (tokens, top_k))
+        check_permute(x, indices, experts, torch.rand(tokens, top_k).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_unpermute(dtype):
+    for inputs in test_moe_unpermute.sample_inputs(dtype):
+        check_unpermute(*inputs)
+    for tokens, top_k, width in [(30, 6, 64), (5, 1, 520)]:  # whole 16-byte pieces
+        row_id_map = torch.randperm(tokens * top_k).view(tokens, top_k)
+        row_id_map[0, 0] = -1
+        permuted = torch.randn(tokens * top_k, width).to(dtype)
+        for kind in (None, compute_type(dtype), dtype):
+            weights = None if kind is None else torch.rand(tokens, top_k).to(kind)
+            check_unpermute(permuted, row_id_map, weights)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rows_of_all_layouts(dtype):
+    """Rows a stride apart, on a boundary of 16 bytes and not, and one row many times."""
+    base, indices = torch.randn(6, 48).to(dtype), torch.randint(-1, 3, (6, 2))
+    row_id_map = torch.tensor([[0, 3], [1, 5], [-1, 2]])
+    for view in (base[:, 16:32], base[:, 1:33], base[:, :21], base[:1, :16].expand(6, -1)):
+        check_permute(view, indices, 3)
+        check_unpermute(view, row_id_map, torch.rand(3, 2).to(dtype))
+
+
+def test_unpermute_skips_what_is_no_row():
+    rows = torch.ones(2, 4).cuda()
+    out = F.moe_unpermute(rows, torch.tensor([[0, 2], [-7, 1]]).cuda(), torch.ones(2, 2).cuda())
+    assert out.tolist() == [[1] * 4] * 2
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3), (3, 0, 3), (3, 2, 0)])
+def test_nothing_to_do(shape):
+    tokens, top_k, width = shape
+    check_permute(
+        torch.randn(tokens, width), torch.zeros(tokens, top_k).long(), 4, torch.ones(tokens, top_k)
+    )
+    row_id_map = torch.arange(tokens * top_k).view(tokens, top_k)
+    check_unpermute(torch.randn(tokens * top_k, width), row_id_map, torch.ones(tokens, top_k))
+    check_bincount(torch.zeros(tokens, top_k).long(), 4, torch.ones(tokens, top_k).requires_grad_())
+    if tokens == 0:
+        check_gating(torch.empty(0, 4), top_k=2)
+
+
+# ---- balance_loss --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("experts", [1, 6, 300])
+def test_balance_loss(experts, dtype):
+    top_k = min(experts, 2)
+    for mask in (None, torch.zeros(20, dtype=torch.bool)):
+        sums = F.topk_gating(make_logits(20, experts, dtype), top_k, token_mask=mask).sums
+        for names in (["switch"], ["z", "switch"], ["z", "z"], ["switch", "z"] * 16):
+            coefficients = torch.rand(len(names)).bfloat16().float()
+
+            def loss(sums, names=names, coefficients=coefficients):
+                moved = coefficients.to(sums.device)
+                return ops.balance_loss(sums, moved, names, top_k, guard_dense=False)
+
+            check(loss, sums.detach().requires_grad_())
+
+
+# ---- all together --------------------------------------------------------------------------------
+
+
+def layer(logits, x):
+    """A routed layer without its experts, and its loss."""
+    routing = F.topk_gating(logits, 4, norm_topk_prob=True)
+    permuted = F.moe_permute(
+        x, routing.topk_indices, logits.size(-1), tokens_per_expert=routing.tokens_per_expert
+    )
+    out = F.moe_unpermute(permuted.permuted, permuted.row_id_map, routing.topk_weights)
+    coefficients = torch.tensor([0.25, 0.5]).to(logits.device)
+    total, _ = ops.balance_loss(routing.sums, coefficients, ["switch", "z"], 4)
+    return out, total, permuted.expert_offsets
+
+
+def test_layer():
+    check(layer, make_logits(200, 64).requires_grad_(), torch.randn(200, 32).requires_grad_())
+
+
+def test_same_bits_again():
+    weights = torch.rand(4500, 2).requires_grad_()
+    indices = torch.randint(-1, 40, (4500, 2))
+    for function, *inputs in [
+        (layer, make_logits(300, 130).requires_grad_(), torch.randn(300, 8).requires_grad_()),
+        (layer, make_logits(40, 600).requires_grad_(), torch.randn(40, 8).requires_grad_()),
+        (lambda i, w: F.expert_bincount(i, 40, w), indices, weights),
+        (lambda i, w: F.moe_permute(w, i, 40), indices, weights),
+    ]:
+        first, second = (run_on_cuda(function, inputs) for _ in range(2))
+        for a, b in zip(sum(first, []), sum(second, []), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_what_kernels_of_torch_prepare():
+    """Layouts and types that our kernels do not read are copied first, gradients included."""
+    try:
+        torch.ones(1).cuda().neg()
+    except RuntimeError:
+        pytest.skip("the interpreter has no kernels of torch")
+    base, slots = torch.randn(16, 16), torch.randint(-1, 3, (2, 8)).t()
+    check_gating(base.t(), top_k=2)
+    check_gating(base[:, ::2], top_k=2)
+    mask = torch.rand(16)
+
+    def gate(logits, mask):
+        return F.topk_gating(logits, 2, token_mask=mask)
+
+    check(gate, base.double().requires_grad_(), mask)
+    check_bincount(slots, 3, torch.rand(2, 8).t().requires_grad_())
+    check_permute(base.t()[:8], slots, 3, torch.rand(2, 8).t())
+    check_unpermute(base.t(), torch.randperm(16).view(2, 8).t(), torch.rand(2, 8).t())
+    x, weights = torch.randn(8, 4).requires_grad_(), torch.rand(8, 2).requires_grad_()
+    for output in (0, 1):  # the gradient of a sum is one number, expanded
+        check(lambda *a, o=output: F.moe_permute(*a[:2], 3, a[2])[o].sum(), x, slots, weights)
+    row_id_map = torch.randperm(16).view(8, 2)
+    rows = torch.randn(16, 4).requires_grad_()
+    check(lambda *a: F.moe_unpermute(*a).sum(), rows, row_id_map, weights)
+    check(lambda x: sum(t.sum() for t in gate(x, None)), base.clone().requires_grad_())
+
+
+slots, scores = torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 7)
+
+
+@pytest.mark.parametrize(
+    "function,first,second,message",
+    [
+        (lambda a, b: F.topk_gating(a, 1, token_mask=b), scores, scores[:, 0], "token_mask"),
+        (lambda a, b: F.topk_gating(a, 1, expert_bias=b), scores, scores[0], "expert_bias"),
+        (lambda a, b: F.expert_bincount(a, 3, b), slots, scores[:, :1], "weights"),
+        (lambda a, b: F.moe_permute(a, b, 3), scores, slots, "topk_indices"),
+        (F.moe_unpermute, scores, slots, "row_id_map"),
+        (lambda a, b: ops.balance_loss(a, b, ["z"], 1), scores[0], scores[0, :1], "coefficients"),
+    ],
+)
+def test_tensors_on_two_devices_are_refused(function, first, second, message):
+    for a, b in ((first.cuda(), second), (first, second.cuda())):
+        with pytest.raises(RuntimeError, match=f"{message} must be on the device of .*, got "):
+            function(a, b)

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Breaks the CUDA sources in one place at a time and sees whether the tests of the ops notice.
+
+make mutants runs ``python tests/simt/mutants.py BUILD_DIRECTORY [NUMBER ...]``: it builds
+equipoise_simt in a tree of its own from a copy of ``cuda/``, runs the tests once on the copy as it
+is, and then once for each mutant, or for those of the numbers. It ends with killed/total, and fails
+unless all are killed.
+"""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass
+class Mutant:
+    """In `file`, `old` (which stands there once) becomes `new`; `tests` must then fail."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = [
+    Mutant(
+        "tie order: the last lane of equal ones wins",
+        "topk_gating.cu",
+        "const bool wins = holds && (holders & lanes_below(lane)) == 0;",
+        "const bool wins = holds && holders >> lane == 1;",
+        "topk_gating",
+    ),
+    Mutant(
+        "tie order: the last of a lane's equal items wins",
+        "topk_gating.cu",
+        ": logit[i] > best_logit;",
+        ": logit[i] >= best_logit;",
+        "topk_gating",
+    ),
+    Mutant(
+        "dropped barrier: the chosen are read before they are written",
+        "topk_gating.cu",
+        "    __syncwarp();\n\n    write_chosen",
+        "\n    write_chosen",
+        "topk_gating",
+    ),
+    Mutant(
+        "dropped barrier: counts are written out before they are complete",
+        "topk_gating.cu",
+        "  __syncthreads();  // `chosen` is done with, the counts are complete\n",
+        "",
+        "topk_gating",
+    ),
+    Mutant(
+        "missing mask: a masked token takes part",
+        "topk_gating.cuh",
+        "return token_mask[token] ? 1 : 0;",
+        "return 1;",
+        "topk_gating",
+    ),
+    Mutant(
+        "off by one at the tail: a load of 16 bytes goes past the row",
+        "topk_gating.cuh",
+        "if (r.aligned && i + kSize <= count) {",
+        "if (r.aligned && i + kSize <= count + 1) {",
+        "topk_gating",
+    ),
+    Mutant(
+        "wrong stride: rows are taken to be contiguous",
+        "topk_gating.cuh",
+        "return logits + token * row_stride;",
+        "return logits + token * experts;",
+        "topk_gating",
+    ),
+    Mutant(
+        "off by one at the tail: the gradient of one expert too many",
+        "topk_gating_backward.cu",
+        "if (i + j < count) to[i + j]",
+        "if (i + j <= count) to[i + j]",
+        "topk_gating",
+    ),
+    Mutant(
+        "not initialised again: a row keeps the gate's gradient of the row before",
+        "topk_gating_backward.cu",
+        "    Piece<float>{}.store(from);\n",
+        "",
+        "topk_gating",
+    ),
+    Mutant(
+        "dropped barrier: two threads write one element of the gradient",
+        "topk_gating_backward.cu",
+        "    __syncthreads();  // the chosen ones are written again\n",
+        "",
+        "topk_gating",
+    ),
+    Mutant(
+        "missing fence before the ticket",
+        "block.cuh",
+        "  __threadfence();  // what this thread wrote is visible before the ticket is taken\n",
+        "",
+        "topk_gating",
+    ),
+    Mutant(
+        "missing fence behind the ticket",
+        "block.cuh",
+        "  __threadfence();  // what the others wrote is read after the ticket was taken\n",
+        "",
+        "topk_gating",
+    ),
+    Mutant(
+        "an inclusive prefix where an exclusive one belongs",
+        "block.cuh",
+        "  sum -= value;\n",
+        "",
+        "moe_permute",
+    ),
+    Mutant(
+        "off by one at the tail: a place for a pair that is not there",
+        "moe_permute.cu",
+        "if (pair < end) sort.row_id_map",
+        "if (pair <= end) sort.row_id_map",
+        "moe_permute",
+    ),
+    Mutant(
+        "dropped barrier: the next pairs get the places of these",
+        "moe_permute.cu",
+        "    __syncwarp();  // the next step reads the places that this one moved on\n",
+        "",
+        "moe_permute",
+    ),
+    Mutant(
+        "unwritten rows stay as they were",
+        "moe_permute.cu",
+        "!s.filled[first + lane]",
+        "s.filled[first + lane]",
+        "moe_permute",
+    ),
+    Mutant(
+        "wrong stride: rows are taken to be contiguous",
+        "moe_unpermute.cu",
+        "rows + row * stride : nullptr",
+        "rows + row * width : nullptr",
+        "moe_unpermute",
+    ),
+    Mutant(
+        "off by one at the tail: the first slot of the next token is added",
+        "moe_unpermute.cu",
+        "if (first + i >= end) continue;",
+        "if (first + i > end) continue;",
+        "moe_unpermute",
+    ),
+    Mutant(
+        "wrong stride: a slot looks at the mask of another token",
+        "expert_bincount.cu",
+        "token_mask[slot / top_k]",
+        "token_mask[slot % top_k]",
+        "expert_bincount",
+    ),
+    Mutant(
+        "race: every lane of equal experts adds their sum",
+        "expert_bincount.cu",
+        "if (expert >= 0 && (peers & lanes_below(lane)) == 0)",
+        "if (expert >= 0)",
+        "expert_bincount",
+    ),
+    Mutant(
+        "dropped barrier: zeros are written behind the gradient",
+        "balance_loss.cu",
+        "grad_sums[i] = 0;\n  __syncthreads();",
+        "grad_sums[i] = 0;",
+        "balance_loss",
+    ),
+]
+
+
+def test(library: Path, tests: list[str]) -> bool:
+    """Whether the tests of these ops pass on the library."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-k",
+        "simt and not compile and not export",
+    ]
+    command += [str(ROOT / f"tests/python/test_{name}.py") for name in tests]
+    environment = dict(os.environ, EQUIPOISE_SIMT_LIBRARY=str(library))
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def main() -> int:
+    """Exit status 0 if the tests pass as the sources are, and fail on every mutant."""
+    tree = Path(sys.argv[1]).resolve()
+    torch_root = subprocess.run(
+        [sys.executable, "-c", "import torch; print(*torch.__path__)"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    shutil.rmtree(tree / "cuda", ignore_errors=True)
+    shutil.copytree(ROOT / "cuda", tree / "cuda")
+    if not (tree / "csrc").exists():
+        (tree / "csrc").symlink_to(ROOT / "csrc")
+    configure = ["cmake", "-S", ROOT, "-B", tree / "build", "-DEQUIPOISE_CUDA=OFF"]
+    configure += ["-DBUILD_TESTING=ON", f"-DTORCH_INSTALL_PREFIX={torch_root}"]
+    configure += [f"-DEQUIPOISE_SIMT_KERNELS={tree / 'cuda'}"]
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+    build = ["cmake", "--build", tree / "build", "--target", "equipoise_simt"]
+    library = tree / "build/tests/simt/libequipoise_simt.so"
+
+    subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+    if not test(library, sorted({mutant.tests for mutant in MUTANTS})):
+        print("the tests fail without a mutant")
+        return 1
+    chosen = [int(number) for number in sys.argv[2:]] or range(1, len(MUTANTS) + 1)
+    killed = 0
+    for number in chosen:
+        mutant = MUTANTS[number - 1]
+        start = time.monotonic()
+        path = tree / "cuda" / mutant.file
+        text = path.read_text()
+        if text.count(mutant.old) != 1:
+            print(f"{mutant.file} has {text.count(mutant.old)} times: {mutant.old}")
+            return 1
+        path.write_text(text.replace(mutant.old, mutant.new))
+        subprocess.run(build, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        survived = test(library, [mutant.tests])
+        path.write_text(text)
+        killed += not survived
+        verdict = "SURVIVED" if survived else "killed"
+        seconds = time.monotonic() - start
+        print(f"{number:2} {verdict} {seconds:4.0f} s  {mutant.file}: {mutant.what}", flush=True)
+    print(f"mutants killed: {killed}/{len(chosen)}")
+    return killed < len(chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
