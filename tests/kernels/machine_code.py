@@ -126,7 +126,7 @@ def readable(mangled: str) -> tuple[str, str]:
     """Name and template arguments of a kernel, without namespaces."""
     text = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
     text = re.sub(r"\(anonymous namespace\)::|\b(equipoise|gating|c10)::", "", text.strip())
-    text = re.sub(r"\((int|bool)\)", "", text).removeprefix("void ")
+    text = re.sub(r"\((int|bool)\)", "", text).removeprefix("void ").replace("> >", ">>")
     name, rest = re.fullmatch(r"(\w+)(.*)", text).groups()
     arguments = re.match(r"<(.*?)>\(", rest)
     return name, arguments[1] if arguments else ""

@@ -107,20 +107,22 @@ def rows_by(kernels: list[Kernel], key) -> dict[str, list[Kernel]]:
 
 def machine_code_text(kernels: list[Kernel], nvcc: str) -> str:
     hot = [k for k in kernels if k.name in HOT and k.arguments.startswith("BFloat16")]
+    hot = [k for k in hot if "single values" not in group(k)]
     return f"""## Machine code
 
 From {nvcc}. Registers of a thread on each architecture, the most that is accepted, bytes of static
-shared memory, bytes spilled, bytes of local memory, and bits of the widest load from and store to
-global memory. A row is the worst of all instances of a kernel, in the last six columns of all
-architectures too.
+shared memory, bytes spilled, bytes of local memory (what is spilled and arrays that are indexed),
+and bits of the widest load from and store to global memory. A row is the worst of all instances of
+a kernel, in the last five columns of all architectures too.
 
 {resources(rows_by(kernels, group))}
-In {", ".join(f"`{name}`" for name in sorted(TICKETS))} the last block to arrive adds up what the
-others wrote. On every path through their machine code a memory barrier of the whole device stands
-before each of the two tickets, after the last store, and behind it, before the next load.
+In these the last block to arrive adds up what the others wrote:
+{", ".join(f"`{name}`" for name in sorted(TICKETS))}.
+On every path through their machine code a memory barrier of the whole device stands before each of
+the two tickets, after the last store, and behind it, before the next load.
 
-The instances for bfloat16 that matter most; `topk_gating_team_kernel` for a team of (lanes, experts
-of a lane), with statistics or not, with bias and weights of tokens or not:
+The instances for bfloat16 that matter most. `Team<16, 8>` are 16 lanes with 8 experts each; then
+whether there are statistics, and whether there may be a bias or weights of tokens.
 
 {resources(rows_by(hot, lambda k: k.instance))}"""
 
@@ -146,16 +148,16 @@ def traffic_text(interpreter: Interpreter, ptx_log: Path, faults: list[str]) -> 
 ## Memory moved
 
 Per token, E = {EXPERTS}, K = {TOP_K}, H = {WIDTH}, bfloat16, forward. Sectors of 32 bytes of global
-memory, as each instruction of each warp touches them: no cache is assumed. The least is inputs and
+memory, as the instructions of each warp touch them (no cache is assumed). The least is inputs and
 outputs once, for the gating also one partial [E] of each block (64 sectors at E = 128: its counts,
-and its sums written and read). A ratio above {MOST_TRAFFIC} is an error. Passes of shared memory,
-and how many they were if no two lanes met in a bank.
+and its sums written and read). A ratio above {MOST_TRAFFIC} is an error. Then passes of shared
+memory, and how many there would be if no two lanes met in a bank.
 
 {table(head, rows)}
 ## Not executed
 
-Instances of kernels that no test runs, of the tests marked `cuda` on an interpreter of PTX
-(compute_80): {", ".join(f"`{name}`" for name in missed) or "none"}.
+Instances of kernels that the tests do not run (those marked `cuda`, on an interpreter of PTX):
+{", ".join(f"`{name}`" for name in missed) or "none"}.
 """
 
 
@@ -172,14 +174,14 @@ def main() -> int:
         nvcc = compiler(options.build)
         library = options.build / "ptx_80/libequipoise.so"
         ptx_log = options.build.parent / "ptx/launches"
-        text = "# Kernels\n\nWritten by `make kernels`, which checks all that is said here.\n\n"
+        text = "# Kernels\n\nWritten by `make kernels`, which checks the limits named here.\n\n"
         text += machine_code_text(kernels, nvcc)
         text += traffic_text(Interpreter(options.interpreter, library), ptx_log, faults)
         old = DOCUMENT.read_text() if DOCUMENT.exists() else ""
         if not options.check:
             DOCUMENT.parent.mkdir(exist_ok=True)
             DOCUMENT.write_text(text)
-        elif nvcc in old and old != text:
+        elif old != text and (nvcc in old or not old):
             faults.append("docs/kernels.md is not up to date: make kernels")
     for fault in faults:
         print(fault)

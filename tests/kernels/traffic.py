@@ -45,7 +45,7 @@ class Interpreter:
     """`run` starts a program in place of a GPU; `library` is equipoise with PTX."""
 
     def __init__(self, run: Path, library: Path):
-        self.run, self.library = run, library
+        self.run, self.library = run.resolve(), library.resolve()
 
     def stderr(self, *program: str, **settings: str) -> str:
         """What the interpreter says while it runs a Python program."""
@@ -85,7 +85,7 @@ class Interpreter:
         entries = re.findall(r"[.]entry (\w+)", self.library.read_text(errors="ignore"))
         launched = re.findall(r"^\[ptxrun\] (\w+)<<<", text, re.M)
         missed = set(map(readable, entries)) - set(map(readable, set(launched)))
-        return sorted(" ".join(name) for name in missed)
+        return sorted(" ".join(name).strip() for name in missed)
 
 
 def main() -> None:
@@ -94,14 +94,16 @@ def main() -> None:
 
     import equipoise.functional as F
 
+    maps = Path("/proc/self/maps").read_text()
+    assert os.path.realpath(os.environ["EQUIPOISE_LIBRARY"]) in maps, "another library is loaded"
     op, tokens = sys.argv[1], int(sys.argv[2])
     torch.manual_seed(0)
-    logits = torch.randn(tokens, EXPERTS).bfloat16()
+    logits = -torch.rand(tokens, EXPERTS).bfloat16()  # the same bits on every CPU, and few ties
     if op == "topk_gating":
         F.topk_gating(logits.cuda(), TOP_K)
     else:
         indices = F.topk_gating(logits, TOP_K).topk_indices
-        F.moe_permute(torch.randn(tokens, WIDTH).bfloat16().cuda(), indices.cuda(), EXPERTS)
+        F.moe_permute(torch.ones(tokens, WIDTH).bfloat16().cuda(), indices.cuda(), EXPERTS)
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def main() -> int:
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
     shutil.rmtree(tree / "cuda", ignore_errors=True)
-    shutil.copytree(ROOT / "cuda", tree / "cuda")
+    shutil.copytree(ROOT / "cuda", tree / "cuda", copy_function=shutil.copy)  # as new files
     if not (tree / "csrc").exists():
         (tree / "csrc").symlink_to(ROOT / "csrc")
     configure = ["cmake", "-S", ROOT, "-B", tree / "build", "-DEQUIPOISE_CUDA=OFF"]
