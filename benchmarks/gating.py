@@ -1,163 +1,457 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gating on the CPU, side by side: what a router computes for one layer, forward and backward.
 
-Every contestant returns (topk_weights, topk_indices, tokens_per_expert, mean_prob) of the same
-logits: softmax, top-k, renormalised weights, counts, mean probability. Each is checked against
-float64 before it is timed. They take turns in random order; a cell is the median of the rounds.
+    gating.py                    a small grid with everybody who is installed, then the demands
+    gating.py --demands          only the rows that the demands need, against eager, and one token
+    gating.py --token            only one token through torch.ops
+    gating.py --full             the whole grid, which takes hours
+    gating.py --tokens 1 --sizes 8x2     that part of the grid; also --cases, --threads, --dtypes
+
+Every contestant (contestants.py) is checked against float64 before it is timed; who fails is
+reported as wrong and not timed. All calls of a row take turns in random order, one sample each per
+round, so that a ratio compares samples taken close together; a time is the median of the rounds.
+`floor` is the time to read the logits once; for forward+backward, to read them twice and to write
+as much once.
 """
 
 import argparse
+import gc
+import itertools
+import os
 import platform
 import random
 import statistics
+import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
+from contestants import CASES, CONTESTANTS, KEY_TOLERANCE, Cell, Gate, Routing, installed, make_cell
 from torch import Tensor
 
 import equipoise
-import equipoise.functional as F
+from equipoise import reference
 
-SIZES = [(1, 128, 8), (512, 128, 8), (4096, 8, 2), (4096, 64, 6), (4096, 128, 8), (4096, 256, 8)]
-HEADLINE = (1, torch.float32, (4096, 128, 8), "forward")
+GRID = {
+    "threads": [1, 2],
+    "dtypes": ["float32", "bfloat16"],
+    "tokens": [1, 16, 512, 4096, 16384],
+    "sizes": [(8, 2), (64, 6), (128, 8), (256, 8), (384, 8)],
+    "cases": list(CASES),
+}
+SMALL_GRID = {
+    "threads": [1],
+    "dtypes": ["float32"],
+    "tokens": [16, 4096],
+    "sizes": [(128, 8), (256, 8)],
+    "cases": list(CASES),
+}
 SAMPLE_SECONDS = 4e-3  # short calls are repeated until a sample lasts this long
+# Relative, by the dtype of a result; peers round to bfloat16 after each step.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 
-Gate = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]]
-
-
-def eager(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    prob = torch.softmax(logits, dim=-1, dtype=torch.float32)
-    weights, indices = torch.topk(prob, top_k, dim=-1)
-    weights = weights / weights.sum(dim=-1, keepdim=True)
-    counts = torch.bincount(indices.flatten(), minlength=logits.shape[-1])
-    return weights, indices, counts, prob.mean(dim=0)
+Call = Callable[[], object]
+Times = dict[str, list[float]]  # per contestant, one for each round
+PASSES = ("forward", "forward+backward")
 
 
-def fused(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r = F.topk_gating(logits, top_k, norm_topk_prob=True)
-    return r.topk_weights, r.topk_indices, r.tokens_per_expert, r.prob_sum / logits.shape[0]
+class Row(NamedTuple):
+    threads: int
+    dtype: str
+    case: str
+    num_tokens: int
+    num_experts: int
+    top_k: int
+    backward: bool = False
 
 
-def forward(gate: Gate, logits: Tensor, top_k: int, pull: Tensor) -> object:
+# ---- checks -------------------------------------------------------------------------------------
+class Wrong(Exception):
+    """A contestant computes something else."""
+
+
+def compare(what: str, got: Tensor, want: Tensor, allowed: Tensor | float) -> None:
+    if got.shape != want.shape:
+        raise Wrong(f"{what}: shape {list(got.shape)}, not {list(want.shape)}")
+    difference = (got.double() - want.double()).abs()
+    if not bool((difference <= allowed).all()):
+        raise Wrong(f"{what} off by up to {difference.max().item():.1e}")
+
+
+def differentiable(cell: Cell, routing: Routing) -> list[Tensor]:
+    return [routing.topk_weights] + ([routing.prob_sum] if cell.case.stats else [])
+
+
+def gradients(cell: Cell, routing: Routing) -> list[Tensor]:
+    """For `differentiable`: of an expert, not of a slot, so that the order of slots is free."""
+    pull = cell.pull
+    if routing.topk_indices.dtype != torch.bool:
+        pull = pull.gather(1, routing.topk_indices)
+    out = [pull.to(routing.topk_weights.dtype)]
+    return out + ([cell.pull_sum.to(routing.prob_sum.dtype)] if cell.case.stats else [])
+
+
+def slots(key: Tensor, top_k: int, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Weights and indices [T, K], put in order of the key where the contestant promises none."""
+    weights, indices = routing.topk_weights.detach(), routing.topk_indices
+    dense = indices.dtype == torch.bool
+    if dense:
+        compare("experts per token", indices.sum(1), torch.full((len(key),), top_k), 0)
+        compare("weights of experts not chosen", weights * ~indices, torch.zeros(key.shape), 0)
+        indices = indices.nonzero()[:, 1].view(-1, top_k)
+        weights = weights.gather(1, indices)
+    if dense or not getattr(routing, "ordered", True):
+        order = key.gather(1, indices).argsort(dim=1, descending=True)
+        weights, indices = weights.gather(1, order), indices.gather(1, order)
+    if bool((indices.sort(dim=1).values.diff(dim=1) == 0).any()):
+        raise Wrong("an expert is chosen twice")
+    return weights, indices
+
+
+def check(cell: Cell, gate: Gate) -> list[Tensor]:
+    """Raises Wrong unless all is as in float64. Where keys tie, any of the tied experts is right.
+
+    Returns the gradients with which to time the backward.
+    """
+    case, top_k = cell.case, cell.top_k
+    options = case.options | ({"expert_bias": cell.bias.double()} if case.bias else {})
+    exact = cell.logits.detach().double().requires_grad_()
+    key = exact.detach().sigmoid() + cell.bias if case.bias else exact.detach()
+    best = reference.topk_gating(exact.detach(), top_k, **options)[1]
     with torch.no_grad():
-        return gate(logits, top_k)
+        plain = gate(cell.logits)  # may be other code than with a graph
+    routing = gate(cell.logits)
+    for result in (plain, routing):
+        weights, indices = slots(key, top_k, result)
+        compare("keys of the chosen", key.gather(1, indices), key.gather(1, best), KEY_TOLERANCE)
+        exactly = reference.topk_gating(exact, top_k, **options, forced_indices=indices)
+        want = Routing(exactly[0], indices, exactly[2], exactly[4][: key.shape[1]], exactly[3])
+        allowed = TOLERANCE[weights.dtype] * want.topk_weights + 1e-7
+        compare("weights", weights, want.topk_weights, allowed)
+        if case.stats:
+            prob_sum, lse = result.prob_sum, result.lse
+            compare("counts", result.tokens_per_expert, want.tokens_per_expert, 0)
+            compare("prob_sum", prob_sum, want.prob_sum, TOLERANCE[prob_sum.dtype] * want.prob_sum)
+            compare("lse", lse, want.lse, TOLERANCE[lse.dtype] * (1 + want.lse.abs()))
+
+    (want_grad,) = torch.autograd.grad(differentiable(cell, want), exact, gradients(cell, want))
+    grads = gradients(cell, routing)
+    (grad,) = torch.autograd.grad(differentiable(cell, routing), cell.logits, grads)
+    scale = want_grad.abs().amax(dim=1, keepdim=True) + 1e-2 * want_grad.abs().max()
+    compare("gradient", grad, want_grad, TOLERANCE[grad.dtype] * scale)
+    return grads
 
 
-def forward_backward(gate: Gate, logits: Tensor, top_k: int, pull: Tensor) -> Tensor:
-    """Gradient of the experts' pull on the weights and of the Switch loss."""
-    weights, _, counts, mean_prob = gate(logits, top_k)
-    share = counts / (logits.shape[0] * top_k)
-    loss = (weights * pull).sum() + 1e-2 * logits.shape[1] * (share * mean_prob).sum()
-    return torch.autograd.grad(loss, logits)[0]
-
-
-def check(name: str, gate: Gate, logits: Tensor, top_k: int, pull: Tensor) -> None:
-    """Against float64. Where logits tie, any of the tied experts is right."""
-    num_tokens, num_experts = logits.shape
-    exact = logits.detach().double().requires_grad_()
-    weights, indices, counts, mean_prob = gate(logits, top_k)
-    close = torch.testing.assert_close
-    best = exact.topk(top_k).values
-    chosen = exact.gather(1, indices)
-    close(chosen, best, rtol=0, atol=1e-5, msg=lambda m: f"{name}: not the best experts: {m}")
-    prob = exact.softmax(dim=-1)
-    want = prob.gather(1, indices)
-    want = want / want.sum(dim=-1, keepdim=True)
-    close(weights.double(), want, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: weights: {m}")
-    hits = torch.zeros_like(prob).scatter_(1, indices, 1).sum(0).long()
-    close(counts, hits, msg=lambda m: f"{name}: counts: {m}")
-    close(
-        mean_prob.double(), prob.mean(0), rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: mean: {m}"
-    )
-    share = hits / (num_tokens * top_k)
-    loss = (want * pull).sum() + 1e-2 * num_experts * (share * prob.mean(0)).sum()
-    want_grad = torch.autograd.grad(loss, exact)[0]
-    grad = forward_backward(gate, logits, top_k, pull).double()
-    tolerance = 2e-2 if logits.dtype == torch.bfloat16 else 1e-4
-    scale = want_grad.abs().max().item()
-    close(
-        grad, want_grad, rtol=tolerance, atol=1e-2 * tolerance * scale,
-        msg=lambda m: f"{name}: gradient: {m}",
-    )  # fmt: skip
-
-
-def sample(call: Callable[[], object], repeats: int) -> float:
+# ---- timing -------------------------------------------------------------------------------------
+def sample(call: Call, repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
 
 
-def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def measure(
+    calls: dict[str, Call], rounds: int, before: Callable[[str], object] | None = None
+) -> Times:
+    """`before` is run, untimed and with one more call after it, ahead of each sample."""
+    before = before or (lambda name: None)
     repeats = {}
     for name, call in calls.items():
+        before(name)
         sample(call, 3)  # warm up
         repeats[name] = max(1, round(SAMPLE_SECONDS / sample(call, 3)))
+        sample(call, repeats[name])
     times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name in random.sample(list(calls), len(calls)):
-            times[name].append(sample(calls[name], repeats[name]))
-    return {name: statistics.median(values) for name, values in times.items()}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name in random.sample(list(calls), len(calls)):
+                before(name)
+                times[name].append(sample(calls[name], repeats[name]))
+    finally:
+        gc.enable()
+    return times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=21, help="samples per cell (%(default)s)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--compile", action="store_true", help="also torch.compile of eager")
+def memory_floor(cell: Cell, backward: bool) -> Call:
+    memory = cell.logits.detach().view(torch.float32).flatten()  # bfloat16 as pairs
+    if not backward:
+        return lambda: torch.dot(memory, memory)
+    target = torch.empty_like(memory)
+    return lambda: (torch.dot(memory, memory), target.copy_(memory))
+
+
+def timed_calls(cell: Cell, gate: Gate, grads: list[Tensor]) -> tuple[Call, Call]:
+    logits = cell.logits
+
+    def forward() -> object:
+        with torch.no_grad():
+            return gate(logits)
+
+    def forward_backward() -> object:
+        return torch.autograd.grad(differentiable(cell, gate(logits)), logits, grads)
+
+    return forward, forward_backward
+
+
+def median_us(values: list[float]) -> float:
+    return statistics.median(values) * 1e6
+
+
+def ratio(times: Times, slow: str, fast: str) -> tuple[float, float]:
+    """Of the medians; and the median of the rounds' ratios, less moved by a change of clock."""
+    rounds = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
+    of_medians = statistics.median(times[slow]) / statistics.median(times[fast])
+    return of_medians, statistics.median(rounds)
+
+
+# ---- tables -------------------------------------------------------------------------------------
+class Table:
+    """Measures rows, prints them, keeps the times."""
+
+    def __init__(self, names: list[str], rounds: int, seed: int) -> None:
+        self.names, self.rounds, self.seed = names, rounds, seed
+        self.results: dict[Row, Times] = {}
+        self.failed: set[str] = set()
+
+    def run(self, rows: Iterable[Row]) -> None:
+        print(
+            f"\n{'threads':>7} {'dtype':>8} {'case':>12} {'T':>5} {'E':>3} {'K':>1} {'pass':>4}"
+            f" {'floor':>8}" + "".join(f" {name:>9}{'':>7}" for name in self.names).rstrip()
+        )
+        # Rows that differ in the pass only share their inputs, checks and compilations.
+        for _, group in itertools.groupby(rows, key=lambda row: row[:-1]):
+            group = list(group)
+            torch.set_num_threads(group[0].threads)
+            cell, calls, verdicts = self.enter(group[0], self.names)
+            for row in group:
+                row_calls = {name: passes[row.backward] for name, passes in calls.items()}
+                row_calls["floor"] = memory_floor(cell, row.backward)
+                self.results[row] = measure(row_calls, self.rounds)
+                self.print_row(row, verdicts)
+
+    def enter(
+        self, row: Row, names: list[str]
+    ) -> tuple[Cell, dict[str, tuple[Call, Call]], dict[str, str]]:
+        """The inputs, what is timed of those who pass the check, and what is said of the others."""
+        cell = make_cell(*row[1:6], self.seed)
+        calls, verdicts = {}, {}
+        for name in names:
+            try:
+                gate = CONTESTANTS[name](cell)
+                if gate is not None:
+                    calls[name] = timed_calls(cell, gate, check(cell, gate))
+                continue
+            except Wrong as error:
+                verdicts[name], reason = "wrong", str(error)
+            except Exception as error:  # a peer may refuse in any way
+                verdicts[name], reason = "failed", f"{type(error).__name__}: {error}"
+            self.failed.add(name)
+            print(f"        {name} {verdicts[name]}: {reason.splitlines()[0][:160]}")
+        return cell, calls, verdicts
+
+    def print_row(self, row: Row, verdicts: dict[str, str]) -> None:
+        times = self.results[row]
+        line = (
+            f"{row.threads:>7} {row.dtype:>8} {row.case:>12} {row.num_tokens:>5}"
+            f" {row.num_experts:>3} {row.top_k:>1} {'f+b' if row.backward else 'f':>4}"
+            f" {median_us(times['floor']):>8.1f}"
+        )
+        for name in self.names:
+            line += (
+                f" {median_us(times[name]):>9.1f}"
+                if name in times
+                else (f" {verdicts.get(name, '-'):>9}")
+            )
+            compared = name != "equipoise" and {name, "equipoise"} <= times.keys()
+            line += f" {ratio(times, name, 'equipoise')[0]:>5.1f}x" if compared else " " * 7
+        print(line.rstrip(), flush=True)
+
+
+def grid_rows(grid: dict[str, list]) -> Iterator[Row]:
+    for threads, dtype, name, tokens, size, backward in itertools.product(
+        grid["threads"], grid["dtypes"], grid["cases"], grid["tokens"], grid["sizes"], (False, True)
+    ):
+        if CASES[name].sizes is None or size in CASES[name].sizes:
+            yield Row(threads, dtype, name, tokens, *size, backward)
+
+
+# ---- demands ------------------------------------------------------------------------------------
+class Verdict(NamedTuple):
+    what: str
+    wanted: float
+    measured: float | None
+    detail: str
+    at_most: bool = False
+
+    def __str__(self) -> str:
+        measured, met = "-", False
+        if self.measured is not None:
+            measured = f"{self.measured:.2f}"
+            sign = -1 if self.at_most else 1
+            met = sign * float(measured) >= sign * self.wanted
+        verdict = "ok" if met else "SHORT"
+        return (
+            f"{self.what:<70} {self.wanted:>6} {measured:>8}  {verdict:<5}  {self.detail}".rstrip()
+        )
+
+
+# case, (E, K), backward, at least this many times faster than eager at T=4096 on one thread
+RATIOS = [
+    ("weights", (8, 2), False, 10),
+    ("weights", (64, 6), False, 10),
+    ("weights", (128, 8), False, 12),
+    ("weights", (128, 8), True, 8),
+    ("weights", (256, 8), False, 16),
+    ("weights", (384, 8), False, 16),
+    ("stats", (128, 8), False, 8),
+    ("stats", (128, 8), True, 6),
+    ("stats", (256, 8), False, 10),
+    ("stats", (384, 8), False, 10),
+    ("sigmoid_bias", (256, 8), False, 13),
+    ("deepseek_v3", (256, 8), False, 10),
+]
+SCALING = {512: 1.0, 16384: 1.7}  # tokens: two threads at least this many times faster than one
+TOKEN = {  # microseconds for one token through torch.ops, at most
+    "one token, stats=False": 3.0,
+    "one token, stats=True": 4.5,
+    "one token, stats=False, forward+backward": 22.0,
+    "one token, stats=True, forward+backward": 22.0,
+}
+
+
+def against_eager(table: Table, dtypes: list[str]) -> Iterator[Verdict]:
+    wanted = {
+        Row(1, dtype, case, 4096, *size, backward): least
+        for dtype in dtypes
+        for case, size, backward, least in RATIOS
+        if case != "deepseek_v3" or dtype == "float32"
+    }
+    table.run(wanted)
+    for row, least in wanted.items():
+        times = table.results[row]
+        what = f"{row.case} ({row.num_experts}, {row.top_k}) {PASSES[row.backward]}, {row.dtype}"
+        measured, detail = None, ""
+        if {"eager", "equipoise"} <= times.keys():
+            measured, by_rounds = ratio(times, "eager", "equipoise")
+            token = median_us(times["equipoise"]) / row.num_tokens * 1e3
+            detail = f"by rounds {by_rounds:.2f}; {token:.0f} ns a token"
+        yield Verdict(f"{what}: times eager", least, measured, detail)
+
+
+def scaling(table: Table, dtypes: list[str]) -> Iterator[Verdict]:
+    """One and two threads take turns within each round."""
+    for dtype, tokens, case in itertools.product(dtypes, SCALING, ("weights", "stats")):
+        torch.set_num_threads(2)
+        _, calls, _ = table.enter(Row(2, dtype, case, tokens, 128, 8), ["equipoise"])
+        for backward in (False, True):
+            what = f"{case} (128, 8) {PASSES[backward]}, {dtype}, T={tokens}: two threads"
+            measured, detail = None, ""
+            if calls:
+                call = calls["equipoise"][backward]
+                times = measure(
+                    {"1": call, "2": call},
+                    table.rounds,
+                    before=lambda name, call=call: (torch.set_num_threads(int(name)), call()),
+                )
+                measured, by_rounds = ratio(times, "1", "2")
+                one, two = (median_us(times[name]) for name in "12")
+                detail = f"by rounds {by_rounds:.2f}; {one:.0f} and {two:.0f} us"
+            yield Verdict(what, SCALING[tokens], measured, detail)
+
+
+def token_calls(x: Tensor) -> dict[str, Call]:
+    """Through torch.ops, beside calls that show what calling an op costs before any work."""
+    op, topk, grad = torch.ops.equipoise.topk_gating, torch.ops.aten.topk, torch.autograd.grad
+    plain, few, nothing = x.detach(), x.detach()[:, :8], x.detach()[:0]
+    pull, pull_sums = torch.randn(1, 8), torch.randn(2 * x.shape[1] + 5)
+    pull_topk = pull.to(x.dtype)
+    return {
+        "aten.aminmax of 8 numbers: two outputs": lambda: torch.ops.aten.aminmax(few, dim=1),
+        "no token, stats=False": lambda: op(nothing, 8, norm_topk_prob=True, stats=False),
+        "no token, stats=True": lambda: op(nothing, 8, norm_topk_prob=True),
+        "one token, stats=False": lambda: op(plain, 8, norm_topk_prob=True, stats=False),
+        "one token, stats=True": lambda: op(plain, 8, norm_topk_prob=True),
+        "aten.topk, forward+backward": lambda: grad(topk(x, 8)[0], x, pull_topk),
+        "one token, stats=False, forward+backward": lambda: grad(
+            op(x, 8, norm_topk_prob=True, stats=False)[0], x, pull
+        ),
+        "one token, stats=True, forward+backward": lambda: grad(
+            op(x, 8, norm_topk_prob=True)[::4], x, (pull, pull_sums)
+        ),
+    }
+
+
+def one_token(table: Table, dtypes: list[str]) -> Iterator[Verdict]:
+    torch.set_num_threads(1)
+    for dtype in dtypes:
+        cell, passed, _ = table.enter(Row(1, dtype, "stats", 1, 128, 8), ["equipoise"])
+        try:
+            times = measure(
+                token_calls(cell.logits) if passed else {},
+                table.rounds,
+                before=lambda name: torch.set_grad_enabled("backward" in name),
+            )
+        finally:
+            torch.set_grad_enabled(True)
+        print(f"\none token through torch.ops, E=128 K=8 {dtype}, forward under no_grad")
+        for name, values in times.items():
+            print(f"  {name:<45} {median_us(values):>8.2f}")
+        for name, most in TOKEN.items():
+            measured = median_us(times[name]) if name in times else None
+            yield Verdict(f"{name}, {dtype}: us", most, measured, "", at_most=True)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    num_experts, top_k = text.split("x")
+    return int(num_experts), int(top_k)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=21, help="samples per call (%(default)s)")
+    parser.add_argument("--threads", type=int, nargs="+")
+    parser.add_argument("--dtypes", nargs="+", choices=GRID["dtypes"])
+    parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--sizes", type=parse_size, nargs="+", metavar="ExK")
+    parser.add_argument("--cases", nargs="+", choices=GRID["cases"])
+    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), help="default: all")
+    for flag in ("--demands", "--token", "--full"):
+        parser.add_argument(flag, action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
     random.seed(args.seed)
+    warnings.simplefilter("ignore")  # the peers'
 
-    gates = {"eager": eager, "equipoise": fused}
-    if args.compile:
-        gates["compile"] = torch.compile(eager, fullgraph=True, dynamic=False)
-    others = [name for name in gates if name != "equipoise"]
+    chosen = {name: values for name in GRID if (values := getattr(args, name))}
+    only_grid = args.full or bool(chosen.keys() & {"tokens", "sizes", "cases"})
+    everything = not (args.demands or args.token or only_grid)
+    dtypes = chosen.get("dtypes", GRID["dtypes"])
     print(
         f"equipoise {equipoise.__version__}, torch {torch.__version__}, {platform.machine()} with "
         f"{torch.backends.cpu.get_cpu_capability()}; microseconds per call, median of {args.rounds}"
     )
-    print(
-        f"{'threads':>7} {'dtype':>8} {'T':>5} {'E':>4} {'K':>3} {'pass':>16} "
-        + "".join(f"{name:>11}" for name in gates)
-        + f" {'ns/token':>9}"
-        + "".join(f" {name + ' / equipoise':>20}" for name in others)
-    )
-    headline = None
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        for dtype in (getattr(torch, name) for name in args.dtypes):
-            for size in SIZES:
-                num_tokens, num_experts, top_k = size
-                torch.compiler.reset()  # one size at a time, not a row of recompilations
-                logits = torch.randn(num_tokens, num_experts).to(dtype).requires_grad_()
-                pull = torch.randn(num_tokens, top_k)
-                for name, gate in gates.items():
-                    check(name, gate, logits, top_k, pull)
-                for run in (forward, forward_backward):
-                    calls = {
-                        name: lambda gate=gate, run=run: run(gate, logits, top_k, pull)  # noqa: B023
-                        for name, gate in gates.items()
-                    }
-                    took = medians(calls, args.rounds)
-                    ours = took["equipoise"]
-                    label = run.__name__.replace("_", "+")
-                    print(
-                        f"{threads:>7} {str(dtype)[6:]:>8} {num_tokens:>5} {num_experts:>4} "
-                        f"{top_k:>3} {label:>16} "
-                        + "".join(f"{took[name] * 1e6:>11.1f}" for name in gates)
-                        + f" {ours / num_tokens * 1e9:>9.0f}"
-                        + "".join(f" {took[name] / ours:>19.1f}x" for name in others),
-                        flush=True,
-                    )
-                    if (threads, dtype, size, label) == HEADLINE:
-                        headline = took["eager"] / ours
-    if headline:
-        print(f"headline: forward, T=4096 E=128 K=8 float32, 1 thread: {headline:.1f}x eager")
+    if (load := os.getloadavg()[0]) > 0.5:
+        print(f"the machine is busy (load {load:.1f}): the figures will be off")
+    grid = Table(args.contestants or installed(), args.rounds, args.seed)
+    if only_grid or everything:
+        grid.run(grid_rows((GRID if only_grid else SMALL_GRID) | chosen))
+    # The demands are about equipoise and eager; who else is named is shown beside them.
+    table = Table(args.contestants or ["equipoise", "eager"], args.rounds, args.seed)
+    verdicts = []
+    if args.demands or everything:
+        verdicts += [*against_eager(table, dtypes), *scaling(table, dtypes)]
+    if args.demands or args.token or everything:
+        verdicts += one_token(table, dtypes)
+    if verdicts:
+        print(f"\n{'demands':<70} {'wanted':>6} {'measured':>8}", *verdicts, sep="\n")
+    return int("equipoise" in grid.failed | table.failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,16 +33,14 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(qualified.c_str(), "").typed<Signature>();
 }
 
-/// A function of (first tensor, Parameters) with the signature of a schema: `Parameters` is an
+/// A function of (first argument, Parameters) with the signature of a schema: `Parameters` is an
 /// aggregate of the schema's other arguments in their order, so that an op with many arguments
 /// lists them once.
 template <auto function, typename Parameters, typename Signature>
 struct WithSchema;
-template <auto function, typename Parameters, typename Result, typename... Rest>
-struct WithSchema<function, Parameters, Result(const at::Tensor&, Rest...)> {
-  static Result call(const at::Tensor& first, Rest... rest) {
-    return function(first, Parameters{rest...});
-  }
+template <auto function, typename Parameters, typename Result, typename First, typename... Rest>
+struct WithSchema<function, Parameters, Result(First, Rest...)> {
+  static Result call(First first, Rest... rest) { return function(first, Parameters{rest...}); }
 };
 
 }  // namespace equipoise

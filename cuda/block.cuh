@@ -58,12 +58,15 @@ constexpr int kTickets = kFanIn + 1;
 /// Adds up rows[gridDim.x][width], of which each block has written its own, into rows[0]: within
 /// each kFanIn neighbours first, then over those sums, so in an order that depends on the grid
 /// alone. True in one block, which may then read rows[0] and all else that any block wrote before.
+/// With `parts`, a row is [parts][width] and has only those parts whose flag in
+/// written[gridDim.x][parts] is set; what stands in the others is not read.
 template <typename T>
-__device__ bool sum_block_rows(T* rows, int64_t width, unsigned* tickets) {
+__device__ bool sum_block_rows(T* rows, int64_t width, unsigned* tickets, bool* written = nullptr,
+                               int64_t parts = 1) {
   const unsigned blocks = gridDim.x, groups = (blocks + kFanIn - 1) / kFanIn;
   const unsigned group = blockIdx.x / kFanIn, first = group * kFanIn;
   const unsigned members = min(blocks - first, static_cast<unsigned>(kFanIn));
-  const auto add = [&](T* into, unsigned count, int64_t stride) {
+  const auto add_rows = [&](T* into, unsigned count, int64_t stride) {
     for (int64_t column = threadIdx.x; column < width; column += blockDim.x) {
       T sum = into[column];
 #pragma unroll 8
@@ -71,14 +74,39 @@ __device__ bool sum_block_rows(T* rows, int64_t width, unsigned* tickets) {
       into[column] = sum;
     }
   };
+  // A warp takes a part: a lane looks at the flag of one row.
+  const auto add_parts = [&](T* into, bool* flags, unsigned count, int64_t stride) {
+    static_assert(kFanIn <= kWarpSize);
+    const unsigned lane = threadIdx.x % kWarpSize;
+    for (int64_t part = threadIdx.x / kWarpSize; part < parts; part += blockDim.x / kWarpSize) {
+      const bool has = lane < count && flags[lane * stride * parts + part];
+      const unsigned having = __ballot_sync(kFullMask, has);
+      if (having == 0) continue;
+      for (int64_t column = part * width + lane; column < (part + 1) * width; column += kWarpSize) {
+        T sum = 0;
+        for (unsigned rest = having; rest != 0; rest &= rest - 1) {
+          sum += into[(__ffs(rest) - 1) * stride * parts * width + column];
+        }
+        into[column] = sum;
+      }
+      if (lane == 0) flags[part] = true;
+    }
+  };
+  const auto add = [&](unsigned row, unsigned count, unsigned stride) {
+    if (written == nullptr) {
+      add_rows(rows + row * width, count, stride * width);
+    } else {
+      add_parts(rows + row * parts * width, written + row * parts, count, stride);
+    }
+  };
   if (blocks == 1) {
     __syncthreads();
     return true;
   }
   if (!last_to_arrive(&tickets[1 + group], members)) return false;
-  add(rows + first * width, members, width);
+  add(first, members, 1);
   if (!last_to_arrive(&tickets[0], groups)) return false;
-  add(rows, groups, kFanIn * width);
+  add(0, groups, kFanIn);
   __syncthreads();
   return true;
 }

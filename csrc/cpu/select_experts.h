@@ -16,17 +16,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "scores.h"
+
 namespace equipoise::cpu::CPU_CAPABILITY {
 namespace {
 
-using at::vec::Vectorized;
-
 constexpr int64_t kGroups = 16;  // interleaved groups of a row: expert e belongs to group e % 16
-
-template <typename T>
-constexpr T kNegativeInfinity = -__builtin_huge_val();
-template <typename T>
-constexpr T kLowest = std::is_same_v<T, double> ? -__DBL_MAX__ : -__FLT_MAX__;
 
 /// The maxima of the 16 groups.
 template <typename T>
@@ -151,12 +146,15 @@ void pack_candidates(const T* keys, int64_t padded, T bound, Candidates<T>& pass
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
-/// How many of the first `count` of 16 keys come before each; what follows them is -inf.
-inline __m512i ranks_of_16(const float* keys, int64_t count) {
-  __m512i ranks = count_larger(keys);
+/// Whether the first `count` keys, with so many larger than each, are all different.
+inline bool are_distinct(__m512i larger, int64_t count) {
   const auto real = static_cast<__mmask16>((1u << count) - 1);
-  if (_mm512_mask_reduce_add_epi32(real, ranks) == count * (count - 1) / 2) return ranks;
-  const __m512 all = _mm512_loadu_ps(keys);  // some are equal
+  return _mm512_mask_reduce_add_epi32(real, larger) == count * (count - 1) / 2;
+}
+
+/// Adds to the rank of each of the first `count` keys how many equal ones stand before it.
+inline __m512i order_equal(const float* keys, int64_t count, __m512i ranks) {
+  const __m512 all = _mm512_loadu_ps(keys);
   for (int i = 0; i < count; ++i) {
     const auto behind = static_cast<__mmask16>(0xfffeu << i);
     const auto equal = _mm512_mask_cmp_ps_mask(behind, _mm512_set1_ps(keys[i]), all, _CMP_EQ_OQ);
@@ -177,23 +175,33 @@ inline void scatter_by_rank(__m512i ranks, __m512i values, int64_t count, int64_
 #endif
 
 /// Writes the best top_k of at most 16 candidates to `chosen`, best first, equal ones by index;
-/// returns how many there were. The rank of a candidate is the number of those before it.
+/// returns how many there were, or -1 if some are equal and `stop_at_equal`. The rank of a
+/// candidate is the number of those before it.
 template <typename T>
-int64_t choose_by_rank(const Candidates<T>& passed, int64_t top_k, int64_t* chosen) {
+int64_t choose_by_rank(const Candidates<T>& passed, int64_t top_k, bool stop_at_equal,
+                       int64_t* chosen) {
   const int64_t found = passed.count < top_k ? passed.count : top_k;
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
-    scatter_by_rank(ranks_of_16(passed.keys, passed.count), _mm512_load_si512(passed.experts),
-                    found, chosen);
+    __m512i ranks = count_larger(passed.keys);
+    if (!are_distinct(ranks, passed.count)) {
+      if (stop_at_equal) return -1;
+      ranks = order_equal(passed.keys, passed.count, ranks);
+    }
+    scatter_by_rank(ranks, _mm512_load_si512(passed.experts), found, chosen);
     return found;
   }
 #endif
-  int32_t ranks[kGroups] = {};
+  int32_t ranks[kGroups] = {}, equal = 0;
   for (int32_t i = 0; i < passed.count; ++i) {
     const T key = passed.keys[i];
-    for (int32_t j = 0; j < kGroups; ++j)
-      ranks[j] += (key > passed.keys[j]) | ((key == passed.keys[j]) & (i < j));
+    for (int32_t j = 0; j < kGroups; ++j) {
+      const bool before = (key == passed.keys[j]) & (i < j);
+      ranks[j] += (key > passed.keys[j]) | before;
+      equal += before;
+    }
   }
+  if (stop_at_equal && equal > 0) return -1;
   for (int64_t i = 0; i < passed.count; ++i) {
     if (ranks[i] < found) chosen[ranks[i]] = passed.experts[i];
   }
@@ -243,6 +251,30 @@ int64_t choose_by_heap(const T* keys, const T* x, int64_t num_experts, T bound, 
     sift_down(order, heap, count, 0);
   }
   return found;
+}
+
+/// Writes the best top_k of one row to `chosen`, best first, from its candidates for `bound`;
+/// returns how many there were. Equal keys are in the order of x; keys may be x.
+template <typename T>
+int64_t choose_among(const Candidates<T>& passed, const T* keys, const T* x, int64_t num_experts,
+                     T bound, int64_t top_k, int32_t* heap, int64_t* chosen) {
+  if (passed.count <= kGroups) {
+    const int64_t found = choose_by_rank(passed, top_k, keys != x, chosen);
+    if (found >= 0) return found;
+  }
+  return choose_by_heap(keys, x, num_experts, bound, top_k, heap, chosen);
+}
+
+/// The same for a row by itself. `keys` is padded with -inf.
+template <typename T>
+int64_t choose(const T* keys, const T* x, int64_t num_experts, int64_t padded, int64_t top_k,
+               int32_t* heap, int64_t* chosen) {
+  T maxima[kGroups];
+  Candidates<T> passed;
+  group_maxima(keys, padded, maxima);
+  const T bound = bound_of_best(maxima, top_k);
+  pack_candidates(keys, padded, bound, passed);
+  return choose_among(passed, keys, x, num_experts, bound, top_k, heap, chosen);
 }
 
 }  // namespace

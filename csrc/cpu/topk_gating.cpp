@@ -1,230 +1,144 @@
 // SPDX-License-Identifier: Apache-2.0
-// topk_gating on the CPU. The logits are read once. A few rows are worked on together, in chunks
-// that stay in L1, and each step is done for all of them before the next: the steps of one row wait
-// for one another, those of different rows overlap in the processor.
+// topk_gating on the CPU, forward. The logits are read once, in chunks of rows (row_chunks.h): load
+// and maxima, exponentials, keys, selection (select_experts.h), weights, sums. Rows of at most 16
+// experts lie the other way (topk_gating_narrow.h).
 #include "topk_gating.h"
-
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <cstdint>
 
 #include "../ops/routing_sums.h"
+#include "row_chunks.h"
+#include "scores.h"
 #include "select_experts.h"
+#include "topk_gating_narrow.h"
 
 namespace equipoise::cpu::CPU_CAPABILITY {
 namespace {
 
-constexpr double kInfinityCounts = 1e18;
+// ---- which experts ---------------------------------------------------------------------
 
-/// NaN becomes -inf (absent) and is noted; +inf becomes a number whose square is still finite.
-template <typename T>
-Vectorized<T> sanitize(Vectorized<T> x, bool& nan_seen) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<T, float>) {
-    nan_seen |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0;
-    const __m512 present =
-        _mm512_max_ps(x, _mm512_set1_ps(kNegativeInfinity<float>));  // of a NaN: the second
-    return _mm512_min_ps(present, _mm512_set1_ps(static_cast<float>(kInfinityCounts)));
-  }
-#endif
-  const auto nan = x.isnan();
-  nan_seen |= nan.zero_mask() != (1 << Vectorized<T>::size()) - 1;
-  return at::vec::clamp_max(Vectorized<T>::blendv(x, Vectorized<T>(kNegativeInfinity<T>), nan),
-                            Vectorized<T>(static_cast<T>(kInfinityCounts)));
-}
-
-template <typename T>
-T sanitize(T x) {
-  if (x != x) return kNegativeInfinity<T>;
-  return x < static_cast<T>(kInfinityCounts) ? x : static_cast<T>(kInfinityCounts);
-}
-
-/// Widens one row into x[0, padded), sanitised, with -inf behind its end, and takes the maxima of
-/// its 16 groups. Returns whether it held a NaN.
-template <typename scalar_t>
-bool load_row(const scalar_t* row, int64_t num_experts, compute_t<scalar_t>* x,
-              compute_t<scalar_t>* maxima) {
-  using T = compute_t<scalar_t>;
-  using In = Vectorized<scalar_t>;
+/// keys = score + bias, above -inf for all that are present; `bias` is padded.
+template <ScoreFunction kScore, bool kSoftmax, typename T>
+void keys_of_chunk(int64_t padded, const T* bias, Chunk<T>& chunk) {
   using Vec = Vectorized<T>;
-  constexpr int64_t kParts = In::size() / Vec::size();  // vectors of T in one of scalar_t
-  constexpr int64_t kPerGroup = kGroups / Vec::size();  // vectors of T in 16 elements
-  constexpr int64_t kBest = kParts > kPerGroup ? kParts : kPerGroup;  // a multiple of both
-  bool nan_seen = false;
-  Vec best[kBest];
-  for (auto& b : best) b = Vec(kNegativeInfinity<T>);
-  const auto put = [&](const In& in, int64_t e, int64_t turn) __attribute__((always_inline)) {
-    Vec part[kParts];
-    if constexpr (kParts == 1) {
-      part[0] = in;
-    } else {
-      const auto [low, high] = at::vec::convert_to_float<scalar_t>(in);
-      part[0] = low;
-      part[1] = high;
-    }
+  constexpr int64_t kParts = kGroups / Vec::size();
+  const Vec lowest(kLowest<T>), absent(kNegativeInfinity<T>);
+  for (int64_t r = 0; r < chunk.size; ++r) {
+    const int64_t row = r * chunk.stride;
+    const Vec inverse(kSoftmax ? T(1) / chunk.totals[r] : T(0));
+    Vec best[kParts];
+    for (auto& b : best) b = absent;
+    for (int64_t e = 0; e < padded; e += kGroups) {
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < kParts; ++i) {
-      part[i] = sanitize(part[i], nan_seen);
-      part[i].store(x + e + i * Vec::size());
-      auto& b = best[(turn * kParts + i) % kBest];
-      b = at::vec::clamp_min(b, part[i]);
-    }
-  };
-  constexpr int64_t kTurns = kBest / kParts;  // so many vectors of scalar_t fill `best`
-  constexpr int64_t kStep = kTurns * In::size();
-  int64_t e = 0;
-  for (; e + kStep <= num_experts; e += kStep) {
-#pragma GCC unroll 4
-    for (int64_t turn = 0; turn < kTurns; ++turn)
-      put(In::loadu(row + e + turn * In::size()), e + turn * In::size(), turn);
-  }
-  if (e < num_experts) {
-#pragma GCC unroll 4
-    for (int64_t turn = 0; turn < kTurns; ++turn) {
-      const int64_t from = e + turn * In::size(), left = num_experts - from;
-      const In absent(kNegativeInfinity<float>);
-      if (left >= In::size()) {
-        put(In::loadu(row + from), from, turn);
-      } else {
-        put(left > 0 ? In::set(absent, In::loadu(row + from, left), left) : absent, from, turn);
+      for (int64_t i = 0; i < kParts; ++i) {
+        const int64_t at = e + i * Vec::size();
+        const Vec x = Vec::loadu(chunk.x + row + at);
+        const Vec s = kSoftmax ? Vec::loadu(chunk.exps + row + at) * inverse : score<kScore>(x);
+        const Vec present = at::vec::clamp_min(s + Vec::loadu(bias + at), lowest);
+        const Vec key = Vec::blendv(present, absent, x == absent);
+        key.store(chunk.keys + row + at);
+        best[i] = at::vec::clamp_min(best[i], key);
       }
     }
-    e += kStep;
-  }
-  for (const int64_t padded = padded_experts(num_experts); e < padded; e += Vec::size()) {
-    Vec(kNegativeInfinity<T>).store(x + e);
-  }
-#pragma GCC unroll 4
-  for (int64_t i = kPerGroup; i < kBest; ++i)
-    best[i % kPerGroup] = at::vec::clamp_min(best[i % kPerGroup], best[i]);
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < kPerGroup; ++i) best[i].store(maxima + i * Vec::size());
-  return nan_seen;
-}
-
-/// Rounds one row of results to the logits' type.
-template <typename scalar_t>
-void store_row(const compute_t<scalar_t>* x, int64_t num_experts, scalar_t* row) {
-  using T = compute_t<scalar_t>;
-  using Out = Vectorized<scalar_t>;
-  for (int64_t e = 0; e < num_experts; e += Out::size()) {
-    const int64_t left = num_experts - e;
-    Out out;
-    if constexpr (std::is_same_v<scalar_t, T>) {
-      out = Out::loadu(x + e);
-    } else {
-      out = at::vec::convert_from_float<scalar_t>(
-          Vectorized<T>::loadu(x + e), Vectorized<T>::loadu(x + e + Vectorized<T>::size()));
-    }
-    out.store(row + e, left >= Out::size() ? Out::size() : left);
+    for (int64_t i = 0; i < kParts; ++i) best[i].store(chunk.maxima[r] + i * Vec::size());
   }
 }
 
-/// exp(x) for -1000 <= x <= 0. For float32 on AVX-512 without a call: 2^n (1 + r (1 + r q(r))) with
-/// x = n log 2 + r, |r| <= log(2) / 2, and q of degree 4 fitted to a relative error of 3e-9; within
-/// 1 ulp of exp, as the library's, and 0 where exp would be denormal, which the hardware is slow
-/// at.
+/// The score of a group from the keys of its experts; -inf if none is present.
 template <typename T>
-Vectorized<T> exp_of_negative(Vectorized<T> x) {
+T group_score(const T* keys, int64_t size, GroupScore kind) {
+  using Vec = Vectorized<T>;
+  Vec bests(kNegativeInfinity<T>), seconds = bests;
+  int64_t e = 0;
+  for (; e + Vec::size() <= size; e += Vec::size()) {
+    const Vec key = Vec::loadu(keys + e);
+    seconds = at::vec::clamp_min(seconds, at::vec::clamp_max(key, bests));
+    bests = at::vec::clamp_min(bests, key);
+  }
+  T best = kNegativeInfinity<T>, second = best;
+  const auto take = [&](T key) {
+    const T lower = key < best ? key : best;
+    second = second > lower ? second : lower;
+    best = key > best ? key : best;
+  };
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
-    const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654f), _CMP_GE_OQ);
-    const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 2^23: adding it rounds to an integer
-    const __m512 n = _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), magic), magic);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);  // log 2, exact in 10 bits
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);      // and its remainder
-    __m512 q = _mm512_set1_ps(0.001381459878757596f);
-    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.008368716575205326f));
-    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.04166838899254799f));
-    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.1666652113199234f));
-    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.4999999403953552f));
-    const __m512 one = _mm512_set1_ps(1.0f);
-    const __m512 power = _mm512_fmadd_ps(_mm512_fmadd_ps(q, r, one), r, one);
-    return _mm512_maskz_scalef_ps(normal, power, n);
-  }
+    best = _mm512_reduce_max_ps(bests);
+    const __mmask16 holders = _mm512_cmp_ps_mask(bests, _mm512_set1_ps(best), _CMP_EQ_OQ);
+    const auto holder = static_cast<__mmask16>(holders & -holders);
+    second = _mm512_reduce_max_ps(_mm512_mask_mov_ps(bests, holder, seconds));
+  } else
 #endif
-  return x.exp();
-}
-
-template <typename T>
-T sum_of_lanes(Vectorized<T> value) {
-  return at::vec::vec_reduce_all<T>([](auto& a, auto& b) { return a + b; }, value);
-}
-
-/// x - peak, at least -1000: an expert that far below has p = 0, and an infinity must not meet that
-/// 0.
-template <typename T>
-Vectorized<T> from_peak(Vectorized<T> x, T peak) {
-  return at::vec::clamp_min(x - Vectorized<T>(peak), Vectorized<T>(T(-1000)));
-}
-
-/// Of one row: total = sum exp(x - peak), spread = sum exp(x - peak) (peak - x). The entropy
-/// follows without cancellation: H = log total + spread / total.
-template <typename T>
-struct ExpSums {
-  T total, spread;
-};
-
-/// exps[e] = exp(x[e] - peak); returns their sums.
-template <typename T>
-ExpSums<T> exponentials(const T* x, int64_t padded, T peak, T* exps) {
-  using Vec = Vectorized<T>;
-  Vec total(0), spread(0);
-  for (int64_t e = 0; e < padded; e += Vec::size()) {
-    const Vec distance = from_peak(Vec::loadu(x + e), peak);
-    const Vec value = exp_of_negative(distance);
-    value.store(exps + e);
-    total = total + value;
-    spread = at::vec::fmadd(value, distance, spread);
+      if (e > 0) {
+    T lanes[2 * Vec::size()];
+    bests.store(lanes);
+    seconds.store(lanes + Vec::size());
+    for (const T key : lanes) take(key);
   }
-  return {sum_of_lanes(total), -sum_of_lanes(spread)};
+  for (; e < size; ++e) take(keys[e]);
+  if (kind == GroupScore::kMax || !(second > kNegativeInfinity<T>)) return best;
+  return best + second > kLowest<T> ? best + second : kLowest<T>;
 }
 
-template <typename T>
-T natural_log(T value) {
-  if constexpr (std::is_same_v<T, double>) {
-    return __builtin_log(value);
-  } else {
-    return __builtin_logf(value);
+/// Makes the experts of all but the best groups absent in one row of keys. `scores` and `heap` have
+/// room for every padded group, `kept` for every group.
+template <typename scalar_t>
+void limit_groups(const TopKGatingRows<scalar_t>& rows, compute_t<scalar_t>* keys,
+                  compute_t<scalar_t>* scores, int64_t* kept, int32_t* heap) {
+  using T = compute_t<scalar_t>;
+  const int64_t size = rows.num_experts / rows.num_groups;
+  const int64_t padded = (rows.num_groups + kGroups - 1) / kGroups * kGroups;
+  for (int64_t g = 0; g < padded; ++g) {
+    scores[g] = g < rows.num_groups ? group_score(keys + g * size, size, rows.group_score)
+                                    : kNegativeInfinity<T>;
+  }
+  const int64_t found =
+      choose(scores, scores, rows.num_groups, padded, rows.group_topk, heap, kept);
+  for (int64_t i = 0; i < found; ++i) scores[kept[i]] = kNegativeInfinity<T>;
+  for (int64_t g = 0; g < rows.num_groups; ++g) {
+    if (!(scores[g] > kNegativeInfinity<T>)) continue;  // kept, or empty
+    for (int64_t e = g * size; e < (g + 1) * size; ++e) keys[e] = kNegativeInfinity<T>;
   }
 }
 
-/// Turns the chosen logits in `weights` into scaling_factor exp(x_k - max) / sum, which cannot
-/// become 0 / 0. The buffer is padded to whole vectors.
+/// Chooses by the keys, whose maxima are given for each row: chunk.keys, or chunk.x.
 template <typename T>
-void renormalize(T* weights, int64_t count, T scaling_factor) {
-  using Vec = Vectorized<T>;
-  T shift = kLowest<T>;
-  for (int64_t k = 0; k < count; ++k) shift = weights[k] > shift ? weights[k] : shift;
-  for (int64_t k = 0; k < count; k += Vec::size()) {
-    exp_of_negative(from_peak(Vec::loadu(weights + k), shift)).store(weights + k);
+void choose_experts(const T* keys, int64_t num_experts, int64_t padded, int64_t top_k,
+                    int64_t* topk_indices, int32_t* heap, Chunk<T>& chunk) {
+  T bounds[kChunkRows];
+  Candidates<T> candidates[kChunkRows];
+  for (int64_t r = 0; r < chunk.size; ++r) bounds[r] = bound_of_best(chunk.maxima[r], top_k);
+  for (int64_t r = 0; r < chunk.size; ++r) {
+    pack_candidates(keys + r * chunk.stride, padded, bounds[r], candidates[r]);
   }
-  T total = 0;
-  for (int64_t k = 0; k < count; ++k) total += weights[k];
-  const T scale = scaling_factor / total;
-  for (int64_t k = 0; k < count; ++k) weights[k] *= scale;
+  for (int64_t r = 0; r < chunk.size; ++r) {
+    const int64_t row = r * chunk.stride;
+    chunk.found[r] = choose_among(candidates[r], keys + row, chunk.x + row, num_experts, bounds[r],
+                                  top_k, heap, topk_indices + chunk.tokens[r] * top_k);
+  }
 }
 
-constexpr int64_t kChunkRows = 16;
-constexpr int64_t kChunkLogits = 2048;  // with as many exps they fill half of a usual L1
-
-/// A few rows that are worked on together. None is masked, in each at least one expert is present.
+/// Takes the experts given for one row, without those that are absent; returns how many there are.
 template <typename T>
-struct Chunk {
-  T *x, *exps;  // [capacity, stride]
-  int64_t stride;
-  int64_t capacity;
-  int64_t size;
-  int64_t tokens[kChunkRows];
-  T token_weights[kChunkRows];
-  alignas(64) T maxima[kChunkRows][kGroups];
-  T peaks[kChunkRows];
-  alignas(64) T totals[kChunkRows];
-  T spreads[kChunkRows];
-  alignas(64) T log_totals[kChunkRows];
-  int64_t found[kChunkRows];
-};
+int64_t take_forced(const int64_t* forced, int64_t top_k, const T* x, int64_t* chosen) {
+  int64_t found = 0;
+  for (int64_t k = 0; k < top_k; ++k) {
+    if (forced[k] >= 0 && x[forced[k]] > kNegativeInfinity<T>) chosen[found++] = forced[k];
+  }
+  return found;
+}
+
+/// Moves the experts and weights that take_forced put together back to their slots.
+template <typename T>
+void spread_forced(const int64_t* forced, int64_t top_k, int64_t found, int64_t* chosen,
+                   T* weights) {
+  for (int64_t k = top_k - 1; k >= 0; --k) {
+    const bool is_here = found > 0 && forced[k] == chosen[found - 1];
+    found -= is_here;
+    chosen[k] = is_here ? chosen[found] : -1;
+    weights[k] = is_here ? weights[found] : T(0);
+  }
+}
 
 /// Writes that the slots of `token` from `found` on chose no expert.
 template <typename scalar_t>
@@ -235,95 +149,37 @@ void leave_empty(const TopKGatingRows<scalar_t>& rows, int64_t token, int64_t fo
   }
 }
 
-/// Asks for a row that is read later: its memory takes longer than the row's own work.
-template <typename scalar_t>
-void prefetch_row(const scalar_t* row, int64_t num_experts) {
-  constexpr int64_t kLine = 64 / sizeof(scalar_t);
-  for (int64_t e = 0; e < num_experts; e += kLine) __builtin_prefetch(row + e);
-}
+// ---- their weights ---------------------------------------------------------------------
 
-/// Loads rows from `token` on until the chunk is full, and settles those that take no part;
-/// returns the token after them.
-template <typename scalar_t>
-int64_t fill_chunk(const TopKGatingRows<scalar_t>& rows, int64_t token, int64_t end,
-                   Chunk<compute_t<scalar_t>>& chunk, int64_t& nan_rows) {
-  using T = compute_t<scalar_t>;
-  chunk.size = 0;
-  for (; token < end && chunk.size < chunk.capacity; ++token) {
-    const int64_t r = chunk.size;
-    const T token_weight = rows.token_weights != nullptr ? rows.token_weights[token] : T(1);
-    T peak = kNegativeInfinity<T>;
-    const int64_t later = token + chunk.capacity;
-    if (later < end) prefetch_row(rows.logits + later * rows.row_stride, rows.num_experts);
-    if (token_weight > 0) {
-      nan_rows += load_row(rows.logits + token * rows.row_stride, rows.num_experts,
-                           chunk.x + r * chunk.stride, chunk.maxima[r]);
-      peak = maximum_of_groups(chunk.maxima[r]);
-    }
-    if (peak > kNegativeInfinity<T>) {
-      chunk.tokens[r] = token;
-      chunk.token_weights[r] = token_weight;
-      chunk.peaks[r] = peak;
-      ++chunk.size;
-    } else {
-      leave_empty(rows, token, 0);
-      if (rows.lse != nullptr) rows.lse[token] = 0;
-    }
-  }
-  return token;
-}
-
-/// Fills exps, totals, spreads and log_totals.
+/// values[0, padded) = what the chosen have in x, then -inf.
 template <typename T>
-void exponentials_of_chunk(int64_t padded, Chunk<T>& chunk) {
+void gather_chosen(const T* x, const int64_t* chosen, int64_t found, int64_t padded, T* values) {
+  for (int64_t k = 0; k < found; ++k) values[k] = x[chosen[k]];
+  for (int64_t k = found; k < padded; ++k) values[k] = kNegativeInfinity<T>;
+}
+
+/// Makes `values`, logits of the chosen from gather_chosen, their weights.
+template <ScoreFunction kScore, typename T>
+void weigh(int64_t found, int64_t padded, bool norm_topk_prob, T scaling_factor, T* values,
+           T* weights) {
   using Vec = Vectorized<T>;
-  for (int64_t r = 0; r < chunk.size; ++r) {
-    const int64_t row = r * chunk.stride;
-    const auto sums = exponentials(chunk.x + row, padded, chunk.peaks[r], chunk.exps + row);
-    chunk.totals[r] = sums.total;
-    chunk.spreads[r] = sums.spread;
-  }
-  for (int64_t r = chunk.size; r < kChunkRows; ++r) chunk.totals[r] = 1;
-  for (int64_t r = 0; r < kChunkRows; r += Vec::size()) {
-    Vec::loadu(chunk.totals + r).log().store(chunk.log_totals + r);
-  }
-}
-
-/// Chooses by logit. `heap` has room for every expert.
-template <typename T>
-void choose_by_logit(int64_t num_experts, int64_t padded, int64_t top_k, int64_t* topk_indices,
-                     int32_t* heap, Chunk<T>& chunk) {
-  T bounds[kChunkRows];
-  Candidates<T> candidates[kChunkRows];
-  for (int64_t r = 0; r < chunk.size; ++r) bounds[r] = bound_of_best(chunk.maxima[r], top_k);
-  for (int64_t r = 0; r < chunk.size; ++r) {
-    pack_candidates(chunk.x + r * chunk.stride, padded, bounds[r], candidates[r]);
-  }
-  for (int64_t r = 0; r < chunk.size; ++r) {
-    const T* const x = chunk.x + r * chunk.stride;
-    int64_t* const chosen = topk_indices + chunk.tokens[r] * top_k;
-    chunk.found[r] = candidates[r].count <= kGroups
-                         ? choose_by_rank(candidates[r], top_k, chosen)
-                         : choose_by_heap(x, x, num_experts, bounds[r], top_k, heap, chosen);
-  }
-}
-
-/// Chooses by p + bias. `keys` and `heap` have room for every padded expert.
-template <typename T>
-void choose_by_bias(int64_t num_experts, int64_t padded, int64_t top_k, const T* bias,
-                    int64_t* topk_indices, T* keys, int32_t* heap, Chunk<T>& chunk) {
-  T maxima[kGroups];
-  for (int64_t e = num_experts; e < padded; ++e) keys[e] = kNegativeInfinity<T>;
-  for (int64_t r = 0; r < chunk.size; ++r) {
-    const T* const x = chunk.x + r * chunk.stride;
-    const T* const exps = chunk.exps + r * chunk.stride;
-    const T inverse = T(1) / chunk.totals[r];
-    for (int64_t e = 0; e < num_experts; ++e) {
-      keys[e] = x[e] > kNegativeInfinity<T> ? exps[e] * inverse + bias[e] : kNegativeInfinity<T>;
+  if (found == 0) return;
+  Vec total(0);
+  if (norm_topk_prob) {
+    const T top = maximum_of(values, padded);
+    for (int64_t k = 0; k < padded; k += Vec::size()) {
+      const Vec value = in_proportion<kScore>(Vec::loadu(values + k), top);
+      value.store(values + k);
+      total = total + value;
     }
-    group_maxima(keys, padded, maxima);
-    chunk.found[r] = choose_by_heap(keys, x, num_experts, bound_of_best(maxima, top_k), top_k, heap,
-                                    topk_indices + chunk.tokens[r] * top_k);
+    total = Vec(sum_of_lanes(total));
+  }
+  for (int64_t k = 0; k < found; k += Vec::size()) {
+    const Vec value = Vec::loadu(values + k);
+    const int64_t left = found - k;
+    // Divided first: a single expert gets scaling_factor itself.
+    (Vec(scaling_factor) * (norm_topk_prob ? value / total : score<kScore>(value)))
+        .store(weights + k, left < Vec::size() ? left : Vec::size());
   }
 }
 
@@ -341,14 +197,38 @@ void weights_from_exps(const T* exps, const int64_t* chosen, int64_t found, bool
   for (int64_t k = 0; k < found; ++k) weights[k] *= scale;
 }
 
-/// Weights of one row from the logits of the chosen; `buffer` has room for `found`, padded.
-template <typename T>
-void weights_from_logits(const T* x, const int64_t* chosen, int64_t found, T scaling_factor,
-                         T* buffer, T* weights) {
-  for (int64_t k = 0; k < found; ++k) buffer[k] = x[chosen[k]];
-  renormalize(buffer, found, scaling_factor);
-  for (int64_t k = 0; k < found; ++k) weights[k] = buffer[k];
+/// Writes the weights of all rows; `long_values` has room for top_k, padded.
+template <typename scalar_t>
+void weights_of_chunk(const TopKGatingRows<scalar_t>& rows, bool from_exps,
+                      compute_t<scalar_t>* long_values, Chunk<compute_t<scalar_t>>& chunk) {
+  const int64_t top_k = rows.top_k;
+  if (from_exps) {
+    for (int64_t r = 0; r < chunk.size; ++r) {
+      const int64_t slot = chunk.tokens[r] * top_k;
+      weights_from_exps(chunk.exps + r * chunk.stride, rows.topk_indices + slot, chunk.found[r],
+                        rows.norm_topk_prob, rows.scaling_factor, chunk.totals[r],
+                        rows.topk_weights + slot);
+    }
+    return;
+  }
+  const int64_t padded = (top_k + kGroups - 1) / kGroups * kGroups;
+  const bool fits = padded == kGroups;
+  const auto gather = [&](int64_t r, auto* values) {
+    gather_chosen(chunk.x + r * chunk.stride, rows.topk_indices + chunk.tokens[r] * top_k,
+                  chunk.found[r], padded, values);
+  };
+  with_score(rows.score_function, [&](auto kScore) {
+    for (int64_t r = 0; fits && r < chunk.size; ++r) gather(r, chunk.values[r]);
+    for (int64_t r = 0; r < chunk.size; ++r) {
+      if (!fits) gather(r, long_values);
+      weigh<kScore>(chunk.found[r], padded, rows.norm_topk_prob, rows.scaling_factor,
+                    fits ? chunk.values[r] : long_values,
+                    rows.topk_weights + chunk.tokens[r] * top_k);
+    }
+  });
 }
+
+// ---- sums over the tokens --------------------------------------------------------------
 
 /// prob_sum += w p, for all rows at each vector of experts.
 template <typename T>
@@ -366,192 +246,138 @@ void add_probabilities(const Chunk<T>& chunk, int64_t num_experts, T* prob_sum) 
   }
 }
 
-/// Writes lse and adds to all of `sums` but the load of rows without token weights.
+/// Writes lse and adds to all of `sums` but the load and the NaN rows. The exps are those of x.
 template <typename scalar_t>
-void add_statistics(const TopKGatingRows<scalar_t>& rows, const Chunk<compute_t<scalar_t>>& chunk,
-                    compute_t<scalar_t>* sums) {
+void add_statistics(const TopKGatingRows<scalar_t>& rows, int64_t padded,
+                    Chunk<compute_t<scalar_t>>& chunk, compute_t<scalar_t>* sums) {
   using T = compute_t<scalar_t>;
   const int64_t num_experts = rows.num_experts;
-  add_probabilities(chunk, num_experts, sums + RoutingSums::prob);
   for (int64_t r = 0; r < chunk.size; ++r) {
     const T token_weight = chunk.token_weights[r];
     const T lse = chunk.peaks[r] + chunk.log_totals[r];
-    const T entropy = chunk.log_totals[r] + chunk.spreads[r] / chunk.totals[r];
     rows.lse[chunk.tokens[r]] = lse;
     sums[RoutingSums::weight(num_experts)] += token_weight;
     sums[RoutingSums::lse_squared(num_experts)] += token_weight * lse * lse;
-    sums[RoutingSums::entropy(num_experts)] += token_weight * entropy;
-    if (rows.token_weights != nullptr) {
-      const int64_t* const chosen = rows.topk_indices + chunk.tokens[r] * rows.top_k;
-      for (int64_t k = 0; k < chunk.found[r]; ++k) {
-        sums[RoutingSums::load(num_experts) + chosen[k]] += token_weight;
-      }
-    }
+  }
+  if (is_curved(rows.score_function)) {
+    log_scores_of_chunk(rows.score_function, padded, chunk.keys, chunk);
+    exponentials_of_chunk(chunk.keys, padded, chunk);
+  }
+  add_probabilities(chunk, num_experts, sums + RoutingSums::prob);
+  for (int64_t r = 0; r < chunk.size; ++r) {
+    const T entropy = chunk.log_totals[r] + chunk.spreads[r] / chunk.totals[r];
+    sums[RoutingSums::entropy(num_experts)] += chunk.token_weights[r] * entropy;
   }
 }
 
 }  // namespace
 
-/// Tokens [begin, end): fills their weights, indices and lse, and adds to counts [E] and sums [2 E
-/// + 5].
+/// Tokens [begin, end): fills their weights, indices and lse, and adds to `totals`.
 template <typename scalar_t>
 void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64_t end,
-                      int64_t* counts, compute_t<scalar_t>* sums, compute_t<scalar_t>* scratch) {
+                      const TopKGatingTotals<compute_t<scalar_t>>& totals,
+                      compute_t<scalar_t>* scratch) {
   using T = compute_t<scalar_t>;
   const int64_t num_experts = rows.num_experts, top_k = rows.top_k;
   const int64_t padded = (num_experts + kGroups - 1) / kGroups * kGroups;
-  const bool stats = rows.lse != nullptr, biased = rows.expert_bias != nullptr;
-  const bool need_probabilities = stats || biased || !rows.norm_topk_prob;
-  const int64_t stride = padded_experts(num_experts);
-  const int64_t part = stride + kRowPadding;
-  T* const keys = scratch;
-  T* const chosen_logits = keys + part;
-  auto* const heap = reinterpret_cast<int32_t*>(chosen_logits + part);
+  const int64_t width = RoutingSums::width(num_experts);
+  const bool stats = rows.lse != nullptr, forced = rows.forced_indices != nullptr;
+  const bool softmax = rows.score_function == ScoreFunction::kSoftmax;
+  const bool keyed = !forced && (rows.expert_bias != nullptr || rows.num_groups > 1);
+  const bool need_exps = stats || (softmax && (keyed || !rows.norm_topk_prob));
+  // Renormalised weights only where the best expert is sure to be among the chosen.
+  const bool from_exps = softmax && need_exps && (!rows.norm_topk_prob || (!keyed && !forced));
 
-  // Rows too long for a chunk go one at a time, in scratch.
-  alignas(64) T chunk_x[kChunkLogits], chunk_exps[kChunkLogits];
-  const bool fits = stride <= kChunkLogits;
+  if (num_experts <= kNarrow && softmax && !keyed && !forced && rows.segment_ids == nullptr &&
+      rows.noise == nullptr) {
+    narrow_rows(rows, begin, end, totals);
+    return;
+  }
+
   Chunk<T> chunk;
-  chunk.x = fits ? chunk_x : scratch + 3 * part;
-  chunk.exps = fits ? chunk_exps : scratch + 4 * part;
-  chunk.stride = stride;
-  chunk.capacity = fits ? kChunkLogits / stride : 1;
-  if (chunk.capacity > kChunkRows) chunk.capacity = kChunkRows;
-
-  int64_t nan_rows = 0;
-  for (int64_t token = begin; token < end;) {
-    token = fill_chunk(rows, token, end, chunk, nan_rows);
-    if (need_probabilities) exponentials_of_chunk(padded, chunk);
-    if (biased) {
-      choose_by_bias(num_experts, padded, top_k, rows.expert_bias, rows.topk_indices, keys, heap,
-                     chunk);
-    } else {
-      choose_by_logit(num_experts, padded, top_k, rows.topk_indices, heap, chunk);
+  ChunkMemory<T> memory;
+  const int64_t part = padded_experts(num_experts);
+  memory.give(num_experts, scratch, chunk);
+  T* const bias = scratch + 3 * part;
+  T* const values = bias + part;  // of one row, if top_k is large; or of the groups
+  auto* const heap = reinterpret_cast<int32_t*>(values + part);
+  auto* const kept = reinterpret_cast<int64_t*>(values + 2 * part);
+  if (keyed) {
+    for (int64_t e = 0; e < part; ++e) {
+      const T value = rows.expert_bias != nullptr && e < num_experts ? rows.expert_bias[e] : T(0);
+      bias[e] = value == value ? value : kLowest<T>;
     }
-    const bool from_exps = !rows.norm_topk_prob || (need_probabilities && !biased);
+  }
+
+  const auto settle = [&](int64_t token) {
+    leave_empty(rows, token, 0);
+    if (stats) rows.lse[token] = 0;
+  };
+  const auto saw_nan = [&](int64_t segment) {
+    if (!stats) return;
+    totals.sums[(segment - totals.first_segment) * width + RoutingSums::nan_rows(num_experts)] += 1;
+  };
+  for (int64_t token = begin; token < end;) {
+    token = fill_chunk(rows, token, end, chunk, settle, saw_nan);
+    if (chunk.size == 0) continue;
+    if (need_exps) exponentials_of_chunk(chunk.x, padded, chunk);
+    if (forced) {
+      for (int64_t r = 0; r < chunk.size; ++r) {
+        const int64_t slot = chunk.tokens[r] * top_k;
+        chunk.found[r] = take_forced(rows.forced_indices + slot, top_k, chunk.x + r * chunk.stride,
+                                     rows.topk_indices + slot);
+      }
+    } else {
+      if (keyed) {
+        if (softmax) {
+          keys_of_chunk<ScoreFunction::kSoftmax, true>(padded, bias, chunk);
+        } else {
+          with_score(rows.score_function,
+                     [&](auto kScore) { keys_of_chunk<kScore, false>(padded, bias, chunk); });
+        }
+        for (int64_t r = 0; rows.num_groups > 1 && r < chunk.size; ++r) {
+          T* const keys = chunk.keys + r * chunk.stride;
+          limit_groups(rows, keys, values, kept, heap);
+          group_maxima(keys, padded, chunk.maxima[r]);
+        }
+      }
+      choose_experts(keyed ? chunk.keys : chunk.x, num_experts, padded, top_k, rows.topk_indices,
+                     heap, chunk);
+    }
+    weights_of_chunk(rows, from_exps, values, chunk);
+
+    const int64_t segment = chunk.segment - totals.first_segment;
+    int64_t* const counts = totals.counts + segment * num_experts;
+    T* const sums = stats ? totals.sums + segment * width : nullptr;
     for (int64_t r = 0; r < chunk.size; ++r) {
       const int64_t found = chunk.found[r], slot = chunk.tokens[r] * top_k;
-      const int64_t* const chosen = rows.topk_indices + slot;
+      int64_t* const chosen = rows.topk_indices + slot;
       for (int64_t k = 0; k < found; ++k) counts[chosen[k]] += 1;
-      if (from_exps) {
-        weights_from_exps(chunk.exps + r * stride, chosen, found, rows.norm_topk_prob,
-                          rows.scaling_factor, chunk.totals[r], rows.topk_weights + slot);
+      if (stats && rows.token_weights != nullptr) {
+        T* const load = sums + RoutingSums::load(num_experts);
+        for (int64_t k = 0; k < found; ++k) load[chosen[k]] += chunk.token_weights[r];
+      }
+      if (forced) {
+        spread_forced(rows.forced_indices + slot, top_k, found, chosen, rows.topk_weights + slot);
       } else {
-        weights_from_logits(chunk.x + r * stride, chosen, found, rows.scaling_factor, chosen_logits,
-                            rows.topk_weights + slot);
+        leave_empty(rows, chunk.tokens[r], found);
       }
-      leave_empty(rows, chunk.tokens[r], found);
     }
-    if (stats) add_statistics(rows, chunk, sums);
+    if (stats) add_statistics(rows, padded, chunk, sums);
   }
-  if (!stats) return;
-  sums[RoutingSums::nan_rows(num_experts)] += static_cast<T>(nan_rows);
-  if (rows.token_weights == nullptr) {
+  if (!stats || rows.token_weights != nullptr) return;
+  for (int64_t s = 0; s < totals.num_segments; ++s) {
     for (int64_t e = 0; e < num_experts; ++e) {
-      sums[RoutingSums::load(num_experts) + e] = static_cast<T>(counts[e]);
+      totals.sums[s * width + RoutingSums::load(num_experts) + e] =
+          static_cast<T>(totals.counts[s * num_experts + e]);
     }
   }
 }
 
-/// Gradient of tokens [begin, end); one read of the logits, one write of grad_logits.
-///   dx = p (w (a - <a, p>) + 2 w g_z lse - w g_H (log p + H) + g_lse) + gate
-template <typename scalar_t>
-void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int64_t begin,
-                               int64_t end, compute_t<scalar_t>* scratch) {
-  using T = compute_t<scalar_t>;
-  using Vec = Vectorized<T>;
-  const int64_t num_experts = rows.num_experts, top_k = rows.top_k;
-  const int64_t padded = padded_experts(num_experts);
-  const bool gate = rows.grad_weights != nullptr;
-  const bool dense =
-      rows.grad_lse != nullptr || rows.grad_sums != nullptr || (gate && !rows.norm_topk_prob);
-  const T grad_lse_squared =
-      rows.grad_sums != nullptr ? rows.grad_sums[RoutingSums::lse_squared(num_experts)] : T(0);
-  const T grad_entropy =
-      rows.grad_sums != nullptr ? rows.grad_sums[RoutingSums::entropy(num_experts)] : T(0);
-  const int64_t part = padded + kRowPadding;
-  T* const x = scratch;
-  T* const probs = x + part;
-  T* const grad_probs = probs + part;  // a, padded with zeros
-  T* const weights = grad_probs + part;
-  for (int64_t e = 0; e < padded; ++e)
-    grad_probs[e] = rows.grad_sums && e < num_experts ? rows.grad_sums[e] : T(0);
-
-  for (int64_t t = begin; t < end; ++t) {
-    const scalar_t* const row = rows.logits + t * rows.row_stride;
-    scalar_t* const grad_row = rows.grad_logits + t * num_experts;
-    const int64_t* const indices = rows.topk_indices + t * top_k;
-    const T* const grad_weights = rows.grad_weights + (gate ? t * top_k : 0);
-    const T token_weight = rows.token_weights != nullptr ? rows.token_weights[t] : T(1);
-    int64_t found = 0;
-    while (found < top_k && indices[found] >= 0) ++found;
-    if (!(token_weight > 0) || found == 0) {  // masked, or nothing present
-      for (int64_t e = 0; e < num_experts; ++e) grad_row[e] = scalar_t(0);
-      continue;
-    }
-    // The gate's gradient with respect to the chosen logits, in `weights`.
-    if (gate && rows.norm_topk_prob) {
-      for (int64_t k = 0; k < found; ++k) weights[k] = sanitize(static_cast<T>(row[indices[k]]));
-      renormalize(weights, found, rows.scaling_factor);
-      T mean = 0;
-      for (int64_t k = 0; k < found; ++k) mean += grad_weights[k] * weights[k];
-      // Without a scale there is no weight and no gradient; 0 / 0 must not appear.
-      mean = rows.scaling_factor != 0 ? mean / rows.scaling_factor : T(0);
-      for (int64_t k = 0; k < found; ++k) weights[k] *= grad_weights[k] - mean;
-    }
-    if (!dense) {
-      for (int64_t e = 0; e < num_experts; ++e) grad_row[e] = scalar_t(0);
-      if (gate) {
-        for (int64_t k = 0; k < found; ++k)
-          grad_row[indices[k]] = static_cast<scalar_t>(weights[k]);
-      }
-      continue;
-    }
-
-    T maxima[kGroups];
-    load_row(row, num_experts, x, maxima);
-    // From the row's own maximum rather than from the rounded lse: for large logits that would be
-    // off.
-    const T peak = maximum_of_groups(maxima);
-    const auto [total, spread] = exponentials(x, padded, peak, probs);
-    const T inverse = T(1) / total;
-    Vec mean_gradient(0);
-    for (int64_t e = 0; e < padded; e += Vec::size()) {
-      const Vec p = Vec::loadu(probs + e) * Vec(inverse);
-      p.store(probs + e);
-      mean_gradient = at::vec::fmadd(Vec::loadu(grad_probs + e), p, mean_gradient);
-    }
-    // The part of the slope that all experts share; w g_H (log p + H) = w g_H (spread - (peak -
-    // x)).
-    T common = -token_weight * sum_of_lanes(mean_gradient) +
-               2 * token_weight * grad_lse_squared * (peak + natural_log(total)) -
-               token_weight * grad_entropy * spread * inverse;
-    if (rows.grad_lse != nullptr) common += rows.grad_lse[t];
-    if (gate && !rows.norm_topk_prob) {
-      T mean = 0;
-      for (int64_t k = 0; k < found; ++k) {
-        weights[k] = rows.scaling_factor * grad_weights[k] * probs[indices[k]];
-        mean += weights[k];
-      }
-      common -= mean;
-    }
-    for (int64_t e = 0; e < padded; e += Vec::size()) {
-      const Vec slope = at::vec::fmadd(Vec(token_weight), Vec::loadu(grad_probs + e), Vec(common)) -
-                        Vec(token_weight * grad_entropy) * from_peak(Vec::loadu(x + e), peak);
-      (Vec::loadu(probs + e) * slope).store(x + e);
-    }
-    if (gate) {
-      for (int64_t k = 0; k < found; ++k) x[indices[k]] += weights[k];
-    }
-    store_row(x, num_experts, grad_row);
-  }
-}
-
-#define INSTANTIATE(scalar_t)                                                                     \
-  template void topk_gating_rows<scalar_t>(const TopKGatingRows<scalar_t>&, int64_t, int64_t,     \
-                                           int64_t*, compute_t<scalar_t>*, compute_t<scalar_t>*); \
-  template void topk_gating_backward_rows<scalar_t>(const TopKGatingBackwardRows<scalar_t>&,      \
-                                                    int64_t, int64_t, compute_t<scalar_t>*);
+#define INSTANTIATE(scalar_t)                                                                 \
+  template void topk_gating_rows<scalar_t>(const TopKGatingRows<scalar_t>&, int64_t, int64_t, \
+                                           const TopKGatingTotals<compute_t<scalar_t>>&,      \
+                                           compute_t<scalar_t>*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(c10::BFloat16)

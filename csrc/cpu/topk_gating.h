@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../ops/score_function.h"
+
 namespace equipoise::cpu {
 
 /// The type all arithmetic on `scalar_t` logits is done in.
@@ -19,38 +21,51 @@ inline constexpr int64_t padded_experts(int64_t num_experts) {
 }
 /// Scratch that one call needs, in elements of the compute type.
 inline constexpr int64_t topk_gating_scratch(int64_t num_experts) {
-  return 6 * (padded_experts(num_experts) + kRowPadding);
+  return 9 * (padded_experts(num_experts) + kRowPadding);
 }
 
+/// What both directions know of the tokens. A row is logits + noise.
 template <typename scalar_t>
-struct TopKGatingRows {
+struct TopKGatingInput {
   const scalar_t* logits;  // [T, E]
   int64_t row_stride;
+  const scalar_t* noise;  // [T, E] or null
+  int64_t noise_stride;
   int64_t num_experts;
   int64_t top_k;
+  ScoreFunction score_function;
   bool norm_topk_prob;
   compute_t<scalar_t> scaling_factor;
-  const compute_t<scalar_t>* expert_bias;    // [E] or null
   const compute_t<scalar_t>* token_weights;  // [T] or null: all 1
-  compute_t<scalar_t>* topk_weights;         // [T, K]
-  int64_t* topk_indices;                     // [T, K]
-  compute_t<scalar_t>* lse;                  // [T] or null: no statistics
+  const int64_t* segment_ids;                // [T] or null: all 0
 };
 
 template <typename scalar_t>
-struct TopKGatingBackwardRows {
+struct TopKGatingRows : TopKGatingInput<scalar_t> {
+  const compute_t<scalar_t>* expert_bias;  // [E] or null
+  int64_t num_groups, group_topk;          // 1 and 1: any group
+  GroupScore group_score;
+  const int64_t* forced_indices;      // [T, K] or null; checked
+  compute_t<scalar_t>* topk_weights;  // [T, K]
+  int64_t* topk_indices;              // [T, K]
+  compute_t<scalar_t>* lse;           // [T] or null: no statistics
+};
+
+/// Where some tokens are added up: zeroed, one row per segment from `first_segment` on.
+template <typename T>
+struct TopKGatingTotals {
+  int64_t* counts;  // [num_segments, E]
+  T* sums;          // [num_segments, 2 E + 5]; unused without statistics
+  int64_t first_segment, num_segments;
+};
+
+template <typename scalar_t>
+struct TopKGatingBackwardRows : TopKGatingInput<scalar_t> {
   const compute_t<scalar_t>* grad_weights;  // [T, K] or null
   const compute_t<scalar_t>* grad_lse;      // [T] or null
-  const compute_t<scalar_t>* grad_sums;     // [2 E + 5] or null
-  const scalar_t* logits;                   // [T, E]
-  int64_t row_stride;
-  int64_t num_experts;
-  int64_t top_k;
-  bool norm_topk_prob;
-  compute_t<scalar_t> scaling_factor;
-  const int64_t* topk_indices;               // [T, K]
-  const compute_t<scalar_t>* token_weights;  // [T] or null: all 1
-  scalar_t* grad_logits;                     // [T, E], contiguous
+  const compute_t<scalar_t>* grad_sums;     // [S, 2 E + 5] or null
+  const int64_t* topk_indices;              // [T, K]; what is not in [0, E) chose no expert
+  scalar_t* grad_logits;                    // [T, E], contiguous
 };
 
 }  // namespace equipoise::cpu

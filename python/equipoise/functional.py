@@ -25,6 +25,7 @@ __all__ = [
     "expert_bincount",
     "moe_permute",
     "moe_unpermute",
+    "segment_ids_from_cu_seqlens",
     "switch_loss",
     "topk_gating",
     "z_loss",
@@ -42,11 +43,12 @@ class RoutingResult(NamedTuple):
     topk_indices: Tensor
     """[..., K] int64, by descending score; -1 where no expert was chosen."""
     tokens_per_expert: Tensor
-    """[E] int64 counts of the chosen slots."""
-    lse: Tensor
-    """[...] logsumexp of each row, 0 for a masked one; differentiable; empty without stats."""
-    sums: Tensor
-    """[2 E + 5] sums over the tokens, parts named by the properties below; empty without stats."""
+    """[E] int64 counts of the chosen slots; [S, E] with segments."""
+    lse: Tensor | None
+    """[...] logsumexp of each row, 0 for a masked one; differentiable; None without stats."""
+    sums: Tensor | None
+    """[2 E + 5] sums over the tokens, parts named by the properties below; [S, 2 E + 5] with
+    segments; None without stats."""
 
     @property
     def num_experts(self) -> int:
@@ -60,28 +62,37 @@ class RoutingResult(NamedTuple):
 
     @property
     def prob_sum(self) -> Tensor:
-        """[E] sum of the probabilities over the tokens, each times its weight; differentiable."""
-        return self.sums[..., : self.num_experts]
+        """[E] or [S, E] sum over the tokens of p times the token's weight; differentiable."""
+        return self._stats()[..., : self.num_experts]
 
     @property
     def load(self) -> Tensor:
-        """[E] sum of the weights of the tokens that chose an expert (the counts, for a mask)."""
-        return self.sums[..., self.num_experts : 2 * self.num_experts]
+        """[E] or [S, E] weights of the tokens that chose an expert (the counts, for a mask)."""
+        return self._stats()[..., self.num_experts : 2 * self.num_experts]
 
     @property
     def num_tokens(self) -> Tensor:
-        """Scalar, the sum of the token weights."""
-        return self.sums[..., -_SUMS_TAIL]
+        """Scalar or [S], the sum of the token weights."""
+        return self._stats()[..., -_SUMS_TAIL]
 
     @property
     def num_nan_rows(self) -> Tensor:
         """Scalar, how many unmasked rows had a NaN logit."""
-        return self.sums[..., -_SUMS_TAIL + 3]
+        return self._stats()[..., -_SUMS_TAIL + 3].sum()
 
     @property
     def num_invalid(self) -> Tensor:
-        """Scalar, negative or NaN token weights met on CUDA, where they cannot raise."""
-        return self.sums[..., -_SUMS_TAIL + 4]
+        """Scalar, bad values met on CUDA, where they cannot raise.
+
+        These are token weights that are negative or NaN, segment ids and forced indices out of
+        range, and experts forced twice.
+        """
+        return self._stats()[..., -_SUMS_TAIL + 4].sum()
+
+    def _stats(self) -> Tensor:
+        if self.sums is None:
+            raise RuntimeError("RoutingResult has no statistics: topk_gating got stats=False")
+        return self.sums
 
 
 def topk_gating(
@@ -103,36 +114,48 @@ def topk_gating(
 ) -> RoutingResult:
     """Weights, experts, counts and the sums of every balance loss, in one read of the logits.
 
-    ``p = softmax(logits)``; the ``top_k`` experts with the largest ``p + expert_bias`` are chosen
-    (ties to the lowest index); their weights are ``scaling_factor * p``, divided by the sum of the
-    chosen ``p`` with ``norm_topk_prob``. Softmax, then top-k, then renormalising equals top-k,
-    then softmax, so ``norm_topk_prob=True`` is both. With ``top_k=1`` it makes the weight
-    ``scaling_factor`` and the gate gradient zero.
+    With x = ``logits`` (+ ``noise``), the score s of an expert is
+
+    - ``softmax``: ``softmax(x)``
+    - ``sigmoid``: ``1 / (1 + exp(-x))``
+    - ``sqrtsoftplus``: ``sqrt(log(1 + exp(x)))``
+    - ``identity``: x itself
+
+    and p, of which ``prob_sum`` and the entropy are made, is ``s / sum(s)`` (identity: softmax(x)).
+    The ``top_k`` experts with the largest ``s + expert_bias`` in the best ``group_topk`` groups are
+    chosen (ties to the larger logit, then to the lowest index); their weights are
+    ``scaling_factor * s``, divided by the sum of the chosen s with ``norm_topk_prob``. Softmax,
+    then top-k, then renormalising equals top-k, then softmax, so ``norm_topk_prob=True`` is both.
+    With ``top_k=1`` it makes the weight ``scaling_factor`` and the gate gradient zero.
 
     Args:
         logits: [..., E]. NaN and -inf are absent experts: never chosen, p = 0. +inf counts as 1e18.
         top_k: K, from 1 to E.
-        score_function: "softmax".
-        norm_topk_prob: divide the K weights by their sum.
+        score_function: "softmax", "sigmoid", "sqrtsoftplus" or "identity".
+        norm_topk_prob: divide the K weights by their sum (not for identity).
         scaling_factor: multiplies the K weights.
         expert_bias: [E] float32, added for the selection only (loss-free balancing). No gradient.
-        num_groups: 1.
-        group_topk: None.
-        group_score: unused with one group.
+        num_groups: the experts are dealt to groups in equal contiguous runs.
+        group_topk: how many groups of each token are kept; needed with ``num_groups > 1``.
+        group_score: of a group, from ``s + expert_bias`` of its experts: "max" (DeepSeek-V2) or
+            "top2_sum", the sum of the best two (DeepSeek-V3).
         token_mask: [...] bool, True = real token, or float weights >= 0 that scale a token's part
             in the sums. A masked token gets indices -1 and weights 0 and is counted nowhere. No
             gradient.
-        segment_ids: None.
-        num_segments: None.
-        noise: None.
-        forced_indices: None.
+        segment_ids: [...] int64 in [0, S): counts and sums are kept for each segment (sequence,
+            document, domain) by itself. Fastest where neighbours share a segment.
+        num_segments: S.
+        noise: [..., E] of the logits' dtype, already scaled; part of the logits in every respect.
+            Differentiable.
+        forced_indices: [..., K] int64 in [-1, E), taken in place of the selection (router replay);
+            the weights are computed from the logits. An absent expert becomes -1.
         stats: compute ``lse`` and ``sums`` as well; False for inference.
 
     Returns:
         RoutingResult.
 
-    Sources: Shazeer 2017 (arXiv:1701.06538), Fedus 2021 (arXiv:2101.03961) and Wang 2024
-    (arXiv:2408.15664).
+    Sources: Shazeer 2017 (arXiv:1701.06538), Fedus 2021 (arXiv:2101.03961), Wang 2024
+    (arXiv:2408.15664); groups: DeepSeek-V2 (arXiv:2405.04434) and V3 (arXiv:2412.19437).
 
     >>> logits = torch.tensor([[0.0, 2.0, 1.0], [1.0, 0.0, 0.0]])
     >>> r = topk_gating(logits, top_k=2, norm_topk_prob=True)
@@ -140,6 +163,13 @@ def topk_gating(
     ([[1, 2], [0, 1]], [1, 2, 1])
     >>> [round(w, 3) for w in r.topk_weights[0].tolist()]
     [0.731, 0.269]
+
+    Two groups of two experts, of which the better one is kept:
+
+    >>> logits = torch.tensor([[2.0, -4.0, 1.0, 0.5]])
+    >>> r = topk_gating(logits, 1, "sigmoid", num_groups=2, group_topk=1, norm_topk_prob=True)
+    >>> r.topk_indices.tolist()  # 0.731 + 0.622 > 0.881 + 0.018
+    [[2]]
     """
     return RoutingResult(
         *ops.topk_gating(
@@ -160,6 +190,23 @@ def topk_gating(
             stats,
         )
     )
+
+
+def segment_ids_from_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The segment of each token of packed sequences, for ``topk_gating(segment_ids=)``.
+
+    Args:
+        cu_seqlens: [S + 1] int, where each sequence begins: ascending from 0 to ``num_tokens``.
+        num_tokens: T.
+
+    Returns:
+        [T] int64.
+
+    >>> segment_ids_from_cu_seqlens(torch.tensor([0, 3, 3, 5]), 5).tolist()
+    [0, 0, 0, 2, 2]
+    """
+    tokens = torch.arange(num_tokens, device=cu_seqlens.device)
+    return torch.bucketize(tokens, cu_seqlens[1:].long(), right=True)
 
 
 def expert_bincount(
@@ -350,7 +397,7 @@ def _balance_loss(
     routing: RoutingResult, losses: Mapping[str, float | Tensor], guard_dense: bool
 ) -> LossReport:
     names = list(losses)
-    device = routing.sums.device
+    sums = routing._stats()
     for name, value in losses.items():
         if not isinstance(value, Tensor) and not value >= 0:
             raise ValueError(f"balance_loss: the coefficient of '{name}' must be >= 0, got {value}")
@@ -359,12 +406,12 @@ def _balance_loss(
         [
             value.detach().to(torch.float32)
             if isinstance(value, Tensor)
-            else torch.full((), value, dtype=torch.float32, device=device)
+            else torch.full((), value, dtype=torch.float32, device=sums.device)
             for value in losses.values()
         ]
     )
     total, values = ops.balance_loss(
-        routing.sums, coefficients, names, routing.top_k, guard_dense=guard_dense
+        sums, coefficients, names, routing.top_k, guard_dense=guard_dense
     )
     unscaled = dict(zip(names, values.unbind(), strict=True))
     scaled = dict(zip(names, (values * coefficients).unbind(), strict=True))

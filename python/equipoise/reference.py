@@ -20,69 +20,118 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def topk_gating(
     logits: Tensor,
     top_k: int,
+    score_function: str = "softmax",
     norm_topk_prob: bool = False,
     scaling_factor: float = 1.0,
     expert_bias: Tensor | None = None,
+    num_groups: int = 1,
+    group_topk: int | None = None,
+    group_score: str = "top2_sum",
     token_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    num_segments: int | None = None,
+    noise: Tensor | None = None,
+    forced_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Softmax scores, top-k, counts and sums; see ``equipoise.functional.topk_gating``.
+    """Scores, top-k, counts and sums; see ``equipoise.functional.topk_gating``.
 
     >>> out = topk_gating(torch.tensor([[0.0, 2.0, 1.0]]), 2)
     >>> out[1].tolist(), [round(w, 3) for w in out[0].flatten().tolist()]
     ([[1, 2]], [0.665, 0.245])
+
+    Two groups of two, of which the better pair is kept, though the other has the best expert:
+
+    >>> x = torch.tensor([[2.0, -4.0, 1.0, 0.5]])
+    >>> out = topk_gating(x, 2, "sigmoid", num_groups=2, group_topk=1)
+    >>> out[1].tolist(), [round(w, 3) for w in out[0].flatten().tolist()]
+    ([[2, 3]], [0.731, 0.622])
     """
     num_experts = logits.size(-1)
     dtype = _compute_dtype(logits.dtype)
-    x = logits.to(dtype)
-    nan_rows = x.isnan().any(-1)
-    absent = x.isnan() | (x == -torch.inf)
+    x = logits.to(dtype) if noise is None else logits.to(dtype) + noise.to(dtype)
+    nan = x.isnan()
+    absent = nan | (x == -torch.inf)
     weight = x.new_ones(x.shape[:-1]) if token_mask is None else token_mask.to(dtype)
-    nan_rows = nan_rows & (weight > 0)
-    weight = weight.masked_fill(
-        absent.all(-1), 0
-    )  # a row without a present expert counts as masked
-    counts_here = weight > 0
+    nan_rows = nan.any(-1) & (weight > 0)
+    weight = weight.masked_fill(absent.all(-1), 0)  # no expert is present: counts as masked
+    masked = ~(weight > 0).unsqueeze(-1)
     # A masked row gets finite numbers, so that no gradient of it is NaN; it enters nothing.
-    absent_here = absent & counts_here.unsqueeze(-1)
-    x = x.masked_fill(absent, 0).clamp(max=1e18).masked_fill(absent_here, -torch.inf)
-    log_p = x.log_softmax(-1)
+    left_out = absent & ~masked
+    x = x.masked_fill(absent, 0).clamp(max=1e18)
+    y = _log_score(x, score_function).masked_fill(left_out, -torch.inf)
+    x = x.masked_fill(left_out, -torch.inf)
+    log_p = y.log_softmax(-1)
     p = log_p.exp()
-    lse = x.logsumexp(-1).masked_fill(~counts_here, 0)
-    entropy = -(p * log_p.masked_fill(absent_here, 0)).sum(-1)
+    lse = x.logsumexp(-1).masked_fill(masked.squeeze(-1), 0)
+    entropy = -(p * log_p.masked_fill(left_out, 0)).sum(-1)
+    score = {"softmax": p, "identity": x}.get(score_function, y.exp())
 
-    # Selection: key, then logit, then lowest index. Two stable sorts, the less important key first.
-    key = x if expert_bias is None else p + expert_bias.to(dtype)
-    key = key.detach().masked_fill(absent, -torch.inf)
-    order = x.detach().sort(dim=-1, descending=True, stable=True).indices
-    by_key = key.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
-    indices = order.gather(-1, by_key)[..., :top_k]
-    empty = absent.gather(-1, indices) | ~counts_here.unsqueeze(-1)
+    if forced_indices is None:
+        limited = group_topk is not None and group_topk < num_groups
+        # Without a bias and groups the logits themselves: saturated scores make no ties.
+        key = score if expert_bias is not None or limited else x
+        if expert_bias is not None:
+            key = key + expert_bias.to(dtype)
+        # The key of a present expert is finite or +inf: only absent experts have -inf.
+        key = key.detach().nan_to_num(nan=torch.finfo(dtype).min, posinf=torch.inf)
+        key = key.masked_fill(absent, -torch.inf)
+        if limited:
+            key = _keep_best_groups(key, num_groups, group_topk, group_score)
+        # By key, then logit, then lowest index: stable sorts, the less important first.
+        order = x.detach().sort(dim=-1, descending=True, stable=True).indices
+        by_key = key.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
+        indices = order.gather(-1, by_key)[..., :top_k]
+        empty = key.gather(-1, indices) == -torch.inf
+    else:
+        indices = forced_indices.clamp(min=0)
+        empty = absent.gather(-1, indices) | (forced_indices < 0)
+    empty = empty | masked
+
     if norm_topk_prob:
-        chosen = x.gather(-1, indices).masked_fill(empty, -1e30)
+        beside_others = empty & ~empty.all(-1, keepdim=True)
+        chosen = y.gather(-1, indices).masked_fill(empty, 0).masked_fill(beside_others, -torch.inf)
         weights = scaling_factor * chosen.softmax(-1)
     else:
-        weights = scaling_factor * p.gather(-1, indices)
+        weights = scaling_factor * score.gather(-1, indices).masked_fill(empty, 0)
     weights = weights.masked_fill(empty, 0)
 
     chosen_map = torch.nn.functional.one_hot(indices, num_experts) * ~empty.unsqueeze(-1)
     chosen_map = chosen_map.sum(-2).reshape(-1, num_experts)
-    w = weight.reshape(-1)
-    sums = torch.cat(
-        [
-            w @ p.reshape(-1, num_experts),
-            w @ chosen_map.to(dtype),
-            torch.stack(
-                [
-                    w.sum(),
-                    (w * lse.reshape(-1).square()).sum(),
-                    (w * entropy.reshape(-1)).sum(),
-                    nan_rows.sum().to(dtype),
-                    w.new_zeros(()),
-                ]
-            ),
-        ]
-    )
-    return weights, indices.masked_fill(empty, -1), chosen_map.sum(0), lse, sums
+    if segment_ids is None:
+        of_segment = chosen_map.new_ones(1, len(chosen_map))
+    else:
+        of_segment = torch.nn.functional.one_hot(segment_ids.reshape(-1), num_segments).t()
+    counts = of_segment @ chosen_map
+    of_segment = of_segment.to(dtype)
+    per_token = torch.stack([torch.ones_like(lse), lse.square(), entropy], -1).reshape(-1, 3)
+    weighted = torch.cat([p.reshape(-1, num_experts), chosen_map.to(dtype), per_token], -1)
+    nan_rows = of_segment @ nan_rows.reshape(-1, 1).to(dtype)
+    invalid = torch.zeros_like(nan_rows)
+    sums = torch.cat([(of_segment * weight.reshape(-1)) @ weighted, nan_rows, invalid], -1)
+    if segment_ids is None:
+        counts, sums = counts.squeeze(0), sums.squeeze(0)
+    return weights, indices.masked_fill(empty, -1), counts, lse, sums
+
+
+def _log_score(x: Tensor, score_function: str) -> Tensor:
+    """The logarithm y of the scores of finite logits; p is the softmax of y."""
+    if score_function == "sigmoid":
+        return torch.nn.functional.logsigmoid(x)
+    if score_function == "sqrtsoftplus":
+        softplus = torch.nn.functional.softplus(x.clamp(min=-40), threshold=40)
+        return torch.where(x < -40, x, softplus.log()) / 2  # softplus(x) is exp(x) down there
+    return x  # softmax and identity
+
+
+def _keep_best_groups(key: Tensor, num_groups: int, group_topk: int, group_score: str) -> Tensor:
+    """-inf for the experts (neighbours make a group) of all but the best groups of each row."""
+    keys = key.unflatten(-1, (num_groups, -1))
+    best = keys.topk(min(2 if group_score == "top2_sum" else 1, keys.size(-1))).values
+    score = best.masked_fill(best == -torch.inf, 0).sum(-1).clamp(min=torch.finfo(key.dtype).min)
+    score = score.masked_fill(best[..., 0] == -torch.inf, -torch.inf)  # nobody is present
+    kept = score.sort(dim=-1, descending=True, stable=True).indices[..., :group_topk]
+    dropped = torch.ones_like(score, dtype=torch.bool).scatter(-1, kept, False)
+    return keys.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(-2)
 
 
 def expert_bincount(

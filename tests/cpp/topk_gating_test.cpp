@@ -159,12 +159,67 @@ TEST_F(TopKGating, WithoutStatsLeavesThemOut) {
   const auto with = topk_gating(logits, 2, TopKGatingOptions().norm_topk_prob(true));
   const auto without =
       topk_gating(logits, 2, TopKGatingOptions().norm_topk_prob(true).stats(false));
-  EXPECT_EQ(without.lse.numel(), 0);
-  EXPECT_EQ(without.sums.numel(), 0);
+  EXPECT_FALSE(without.lse.defined() || without.sums.defined());
+  EXPECT_TRUE(fails([&] { without.prob_sum(); }, {"RoutingResult", "stats"}));
   EXPECT_TRUE(same(without.topk_indices, with.topk_indices));
   EXPECT_TRUE(close(without.topk_weights, with.topk_weights));
   EXPECT_TRUE(close(gradients(without.topk_weights, {logits})[0],
                     gradients(with.topk_weights, {logits})[0]));
+}
+
+TEST_F(TopKGating, SigmoidBiasAndGroupsAsInDeepSeekV3) {
+  constexpr int64_t kTokens = 21, kExperts = 24, kGroups = 6, kKept = 2, kTopK = 3;
+  const auto logits = random_leaf({kTokens, kExperts});
+  const auto bias = at::randn({kExperts}, at::kDouble) / 5;
+  const auto routing = topk_gating(logits, kTopK,
+                                   TopKGatingOptions()
+                                       .score_function("sigmoid")
+                                       .norm_topk_prob(true)
+                                       .scaling_factor(2.5)
+                                       .expert_bias(bias)
+                                       .num_groups(kGroups)
+                                       .group_topk(kKept));
+
+  const auto scores = logits.sigmoid();
+  const auto keys = (scores + bias).view({kTokens, kGroups, kExperts / kGroups});
+  const auto kept = std::get<1>(std::get<0>(keys.topk(2, -1)).sum(-1).topk(kKept, -1));
+  const auto is_kept = at::zeros({kTokens, kGroups}, at::kBool).scatter(1, kept, true);
+  const auto limited = at::where(is_kept.unsqueeze(-1), keys, -kInfinity).view_as(logits);
+  const auto chosen = std::get<1>(limited.topk(kTopK, -1));
+  auto weights = scores.gather(1, chosen);
+  weights = 2.5 * weights / weights.sum(1, true);
+  EXPECT_TRUE(same(routing.topk_indices, chosen));
+  EXPECT_TRUE(close(routing.topk_weights, weights, 1e-12));
+  EXPECT_TRUE(close(routing.prob_sum(), (scores / scores.sum(1, true)).sum(0), 1e-12));
+  EXPECT_TRUE(close(gradients(routing.topk_weights, {logits})[0], gradients(weights, {logits})[0]));
+}
+
+TEST_F(TopKGating, SegmentsAreAddedUpByThemselves) {
+  const auto ids = segment_ids_from_cu_seqlens(torch::tensor({0, 3, 3, 5}), 5);
+  EXPECT_TRUE(same(ids, torch::tensor({0, 0, 0, 2, 2}, at::kLong)));
+  const auto logits = at::randn({5, 6}, at::kDouble);
+  const auto routing = topk_gating(logits, 2, TopKGatingOptions().segment_ids(ids).num_segments(3));
+  EXPECT_TRUE(same(routing.num_tokens(), torch::tensor({3.0, 0.0, 2.0}, at::kDouble)));
+  const auto first = topk_gating(logits.slice(0, 0, 3), 2);
+  EXPECT_TRUE(same(routing.tokens_per_expert[0], first.tokens_per_expert));
+  EXPECT_TRUE(close(routing.sums[0], first.sums, 1e-12));
+  EXPECT_TRUE(same(routing.tokens_per_expert.sum(0), topk_gating(logits, 2).tokens_per_expert));
+}
+
+TEST_F(TopKGating, NoiseIsPartOfTheLogitsAndForcedExpertsKeepTheirSlots) {
+  const auto logits = random_leaf({4, 6}), noise = random_leaf({4, 6});
+  const auto got = topk_gating(logits, 2, TopKGatingOptions().noise(noise));
+  const auto want = topk_gating(logits + noise, 2);
+  expect_same_routing(got, want, 1e-12);
+  const auto grads = gradients(got.topk_weights, {logits, noise});
+  EXPECT_TRUE(close(grads[0], gradients(want.topk_weights, {logits})[0]));
+  EXPECT_TRUE(same(grads[0], grads[1]));
+
+  const auto forced = torch::tensor({{5, 0}, {-1, 3}, {2, 1}, {-1, -1}}, at::kLong);
+  const auto replayed = topk_gating(logits, 2, TopKGatingOptions().forced_indices(forced));
+  EXPECT_TRUE(same(replayed.topk_indices, forced));
+  EXPECT_TRUE(close(replayed.topk_weights,
+                    at::softmax(logits, 1).gather(1, forced.clamp_min(0)) * (forced >= 0)));
 }
 
 TEST_F(TopKGating, HalfLogitsAreWidened) {
@@ -190,6 +245,8 @@ TEST_F(TopKGating, NamesTheWrongArgument) {
             {"topk_gating", "expert_bias", "[5]"}));
   EXPECT_TRUE(fails([&] { topk_gating(logits, 2, TopKGatingOptions().score_function("cosine")); },
                     {"topk_gating", "score_function", "cosine"}));
+  EXPECT_TRUE(fails([&] { topk_gating(logits, 2, TopKGatingOptions().num_groups(4)); },
+                    {"topk_gating", "num_groups", "6", "4"}));
 }
 
 }  // namespace

@@ -41,8 +41,13 @@ DEFAULT_CEILING = 64
 CEILINGS = {
     "moe_gather_rows_kernel, 16 bytes": 80,  # 4 pieces on their way, 8 sums
     "moe_dot_rows_kernel, 16 bytes": 80,  # float64 on sm_75
-    "topk_gating_team_kernel, E > 256": 128,  # 16 experts a lane: logits, scores, sums, loads
+    "topk_gating_team_kernel, E <= 256, general": 128,  # keys and loads as well; groups, segments
+    "topk_gating_team_kernel, E > 256": 128,  # 16 experts a lane: logits, scores, sums
+    "topk_gating_team_kernel, E > 256, general": 128,
+    "topk_gating_block_kernel": 128,  # float64; asks for 2 blocks per multiprocessor
+    "topk_gating_backward_team_kernel, E <= 256, general": 80,  # p and q, gradients of a segment
     "topk_gating_backward_team_kernel, E > 256": 128,
+    "topk_gating_backward_team_kernel, E > 256, general": 128,
     "topk_gating_backward_block_kernel": 128,  # float64; asks for 1 block per multiprocessor
 }
 
@@ -51,7 +56,9 @@ def group(kernel: Kernel) -> str:
     """The row of the table that an instance belongs to."""
     arguments = kernel.arguments.split(", ")
     if "Team<" in kernel.arguments:
-        return f"{kernel.name}, E {'>' if 'Team<32, 16>' in kernel.arguments else '<='} 256"
+        general = ", general" if arguments[-1] == "true" else ""
+        more = "Team<32, 16>" in kernel.arguments
+        return f"{kernel.name}, E {'>' if more else '<='} 256{general}"
     if kernel.name in HOT:
         return f"{kernel.name}, {'single values' if arguments[-1] == '1' else '16 bytes'}"
     return kernel.name
@@ -122,7 +129,7 @@ On every path through their machine code a memory barrier of the whole device st
 the two tickets, after the last store, and behind it, before the next load.
 
 The instances for bfloat16 that matter most. `Team<16, 8>` are 16 lanes with 8 experts each; then
-whether there are statistics, and whether there may be a bias or weights of tokens.
+(forward) whether there are statistics, and whether all that is optional is allowed for.
 
 {resources(rows_by(hot, lambda k: k.instance))}"""
 

@@ -72,7 +72,8 @@ def evaluate(function, inputs):
     differentiable outputs together and from each alone; on the CPU.
     """
     outputs = function(*inputs)
-    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    outputs = [o for o in outputs if o is not None]  # no statistics
     wanted = [i for i in inputs if i is not None and i.requires_grad]
     roots = [o for o in outputs if o.requires_grad]
     generator = torch.Generator().manual_seed(0)
@@ -129,16 +130,18 @@ def test_one_library_is_loaded():
 # ---- topk_gating ---------------------------------------------------------------------------------
 
 
-def check_gating(logits, expert_bias=None, token_mask=None, **arguments):
-    def as_computed(tensor):  # what is cast would be cast by a kernel of torch
-        is_float = tensor is not None and tensor.is_floating_point()
-        return tensor.to(compute_type(logits.dtype)) if is_float else tensor
+def check_gating(logits, **arguments):
+    tensors = {n: a for n, a in arguments.items() if isinstance(a, torch.Tensor)}
+    for name, tensor in tensors.items():
+        if name == "noise":
+            tensors[name] = tensor.detach().requires_grad_()
+        elif tensor.is_floating_point():  # what is cast would be cast by a kernel of torch
+            tensors[name] = tensor.to(compute_type(logits.dtype))
 
-    def gate(logits, expert_bias, token_mask):
-        return F.topk_gating(logits, expert_bias=expert_bias, token_mask=token_mask, **arguments)
+    def gate(logits, *values):
+        return F.topk_gating(logits, **arguments | dict(zip(tensors, values, strict=True)))
 
-    logits = logits.detach().requires_grad_()
-    check(gate, logits, as_computed(expert_bias), as_computed(token_mask))
+    check(gate, logits.detach().requires_grad_(), *tensors.values())
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -173,6 +176,108 @@ def test_gating_sizes(tokens, experts, dtype):
         check_gating(logits[:40], top_k=top_k, stats=False, **arguments)
         check_gating(logits[:9], top_k=min(experts, 33), token_mask=mask[:9], **arguments)
         check_gating(logits[:9], top_k=top_k, expert_bias=bias, stats=False, **arguments)
+
+
+SCORE_FUNCTIONS = ["softmax", "sigmoid", "sqrtsoftplus", "identity"]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
+def test_gating_options(score_function, dtype):
+    """What is optional, in every team of lanes and in a block: groups that end within a lane's
+    experts, between two lanes, and nowhere near.
+    """
+    norms = [False] if score_function == "identity" else [False, True]
+    for experts, num_groups, group_topk in [
+        (6, 3, 2),
+        (30, 10, 4),
+        (60, 60, 20),
+        (120, 4, 3),
+        (256, 8, 4),
+        (500, 25, 7),
+        (520, 40, 9),
+        (518, 2, 1),
+    ]:
+        x, noise = make_logits(9, experts, dtype), make_logits(9, experts, dtype, seed=1) / 4
+        x[0, 0] = torch.nan
+        x[1, : experts // 2] = -torch.inf
+        x[3] = -torch.inf
+        bias = torch.randn(experts) / 10
+        weights = torch.rand(9) * (torch.arange(9) != 4)
+        ids = torch.tensor([2, 2, 0, 1, 2, 0, 0, 4, 1])
+        forced = torch.stack([torch.randperm(experts)[:4] for _ in range(9)])
+        forced[5] = -1
+        forced[torch.rand(9, 4) < 0.2] = -1
+        groups = dict(num_groups=num_groups, group_topk=group_topk)
+        segments = dict(segment_ids=ids, num_segments=5)
+        for norm in norms:
+            common = dict(top_k=4, score_function=score_function, norm_topk_prob=norm)
+            check_gating(x, **common)
+            check_gating(x, **common, **groups, expert_bias=bias, stats=False)
+            check_gating(x, **common, **groups, group_score="max", noise=noise, scaling_factor=2.5)
+            check_gating(x, **common, **segments, expert_bias=bias, token_mask=weights)
+            check_gating(x, **common, **segments, forced_indices=forced, token_mask=weights > 0.2)
+            check_gating(x, **common, forced_indices=forced, token_mask=weights, noise=noise)
+
+
+@pytest.mark.parametrize(
+    "tokens,experts,segments,dtype",
+    [
+        (270, 250, 3, torch.bfloat16),  # more blocks than one adds up
+        (600, 8, 40, torch.float32),
+        (2500, 100, 20000, torch.float32),  # a block looks at its rows' segments more than once
+        (80, 9, 4, torch.float64),
+        (20, 513, 5, torch.float16),
+    ],
+)
+def test_gating_segments(tokens, experts, segments, dtype):
+    logits = make_logits(tokens, experts, dtype)
+    ids = torch.randint(0, min(segments, 8), (tokens,)) * (segments // min(segments, 8))
+    weights = torch.rand(tokens)
+    for segment_ids, mask in ((ids, None), (ids.sort().values, weights), (ids.flip(0), weights)):
+        arguments = dict(segment_ids=segment_ids, num_segments=segments, token_mask=mask)
+        check_gating(logits, top_k=3, **arguments)
+    check_gating(logits, top_k=2, norm_topk_prob=True, **arguments, stats=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gating_reports_bad_values(dtype):
+    """A segment id that is none masks its token; a bad slot is empty. Nothing else changes."""
+    ids = torch.tensor([0, -1, 2, 3, 1, 2**40, 0])
+    forced = torch.tensor([[0, 2], [1, 0], [6, 2], [2, 1], [4, 4], [3, 1], [-2, 5]])
+    good_ids, good_forced = ids.clone(), forced.clone()
+    bad_tokens = torch.tensor([1, 3, 5])
+    good_ids[bad_tokens], good_forced[bad_tokens] = 0, -1
+    good_forced[forced >= 6], good_forced[4, 1], good_forced[6, 0] = -1, -1, -1
+    mask = torch.ones(7, dtype=torch.bool)
+    mask[bad_tokens] = False
+    for columns in (6, 600):
+        logits = make_logits(7, columns, dtype)
+        forced[2, 0] = columns
+        for extra in (dict(), dict(forced_indices=forced)):
+            device = {name: tensor.cuda() for name, tensor in extra.items()}
+            x = logits.cuda().requires_grad_()
+            r = F.topk_gating(x, 2, segment_ids=ids.cuda(), num_segments=3, **device)
+            kept = dict(segment_ids=good_ids, token_mask=mask) | (
+                dict(forced_indices=good_forced) if extra else {}
+            )
+            exact = logits.clone().requires_grad_()
+            want = F.topk_gating(exact, 2, num_segments=3, **kept)
+            for got, expected in zip(r[:4], want[:4], strict=True):
+                torch.testing.assert_close(got.detach().cpu(), expected.detach())
+            sums = r.sums.detach().cpu()
+            assert sums[:, -1].tolist() == [3 + bool(extra), bool(extra), bool(extra)]
+            torch.testing.assert_close(sums[:, :-1], want.sums.detach()[:, :-1])
+            probes = [torch.randn_like(g) for g in (want.topk_weights, want.lse, want.sums)]
+            grads = [
+                torch.autograd.grad(
+                    [result.topk_weights, result.lse, result.sums],
+                    leaf,
+                    [p.to(leaf.device) for p in probes],
+                )[0].cpu()
+                for result, leaf in ((r, x), (want, exact))
+            ]
+            torch.testing.assert_close(*grads)
 
 
 def test_gating_many_blocks():

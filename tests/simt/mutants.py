@@ -68,8 +68,8 @@ MUTANTS = [
     Mutant(
         "off by one at the tail: a load of 16 bytes goes past the row",
         "topk_gating.cuh",
-        "if (r.aligned && i + kSize <= count) {",
-        "if (r.aligned && i + kSize <= count + 1) {",
+        "if (aligned && kSize <= count) return",
+        "if (aligned && kSize <= count + 1) return",
         "topk_gating",
     ),
     Mutant(
@@ -98,6 +98,41 @@ MUTANTS = [
         "topk_gating_backward.cu",
         "    __syncthreads();  // the chosen ones are written again\n",
         "",
+        "topk_gating",
+    ),
+    Mutant(
+        "one group too many is kept",
+        "topk_gating.cu",
+        "better < group_topk;",
+        "better <= group_topk;",
+        "topk_gating",
+    ),
+    Mutant(
+        "a group's experts in the next lanes are left out of its score",
+        "topk_gating.cu",
+        "best = MergeBestTwo{}(best, continued[++lane]);",
+        "++lane;",
+        "topk_gating",
+    ),
+    Mutant(
+        "not initialised again: a segment gets the counts of the one before",
+        "topk_gating.cu",
+        "for (int e = threadIdx.x; e < f.experts; e += kThreads) counts[e] = 0;\n#pragma",
+        "\n#pragma",
+        "topk_gating",
+    ),
+    Mutant(
+        "sums of a segment that the first block does not meet are lost",
+        "block.cuh",
+        "      if (lane == 0) flags[part] = true;\n",
+        "",
+        "topk_gating",
+    ),
+    Mutant(
+        "wrong segment: all tokens get the gradients of the first",
+        "topk_gating_backward.cu",
+        "read_grad_sums(b.segment(token));",
+        "read_grad_sums(0);",
         "topk_gating",
     ),
     Mutant(
