@@ -151,79 +151,87 @@ void leave_empty(const TopKGatingRows<scalar_t>& rows, int64_t token, int64_t fo
 
 // ---- their weights ---------------------------------------------------------------------
 
-/// values[0, padded) = what the chosen have in x, then -inf.
+/// values[0, padded) = what the chosen have in `row`, then `rest`; counts them, too.
 template <typename T>
-void gather_chosen(const T* x, const int64_t* chosen, int64_t found, int64_t padded, T* values) {
-  for (int64_t k = 0; k < found; ++k) values[k] = x[chosen[k]];
-  for (int64_t k = found; k < padded; ++k) values[k] = kNegativeInfinity<T>;
+void gather_chosen(const T* row, T rest, const int64_t* chosen, int64_t found, int64_t padded,
+                   T* values, int64_t* counts) {
+  for (int64_t k = 0; k < found; ++k) {
+    values[k] = row[chosen[k]];
+    counts[chosen[k]] += 1;
+  }
+  for (int64_t k = found; k < padded; ++k) values[k] = rest;
 }
 
-/// Makes `values`, logits of the chosen from gather_chosen, their weights.
-template <ScoreFunction kScore, typename T>
-void weigh(int64_t found, int64_t padded, bool norm_topk_prob, T scaling_factor, T* values,
-           T* weights) {
+/// weights = scaling_factor values / total. Divided first: a single expert of a renormalised row
+/// gets scaling_factor itself.
+template <typename T>
+void divide(const T* values, int64_t found, T total, T scaling_factor, T* weights) {
   using Vec = Vectorized<T>;
-  if (found == 0) return;
-  Vec total(0);
-  if (norm_topk_prob) {
-    const T top = maximum_of(values, padded);
-    for (int64_t k = 0; k < padded; k += Vec::size()) {
-      const Vec value = in_proportion<kScore>(Vec::loadu(values + k), top);
-      value.store(values + k);
-      total = total + value;
-    }
-    total = Vec(sum_of_lanes(total));
-  }
   for (int64_t k = 0; k < found; k += Vec::size()) {
-    const Vec value = Vec::loadu(values + k);
     const int64_t left = found - k;
-    // Divided first: a single expert gets scaling_factor itself.
-    (Vec(scaling_factor) * (norm_topk_prob ? value / total : score<kScore>(value)))
+    (Vec(scaling_factor) * (Vec::loadu(values + k) / Vec(total)))
         .store(weights + k, left < Vec::size() ? left : Vec::size());
   }
 }
 
-/// Weights of one row from the exps of the chosen. With norm_topk_prob only where the best expert
-/// is sure to be chosen: it has exp(0) = 1, so the sum is at least 1.
+/// Makes `values`, exps of the chosen and then zeros, weights: `total` is the sum of all exps. With
+/// norm_topk_prob only where the best expert is sure to be chosen: it has exp(0) = 1.
 template <typename T>
-void weights_from_exps(const T* exps, const int64_t* chosen, int64_t found, bool norm_topk_prob,
-                       T scaling_factor, T total, T* weights) {
-  T sum = 0;
-  for (int64_t k = 0; k < found; ++k) {
-    weights[k] = exps[chosen[k]];
-    sum += weights[k];
+void weigh_exps(int64_t found, int64_t padded, bool norm_topk_prob, T total, T scaling_factor,
+                const T* values, T* weights) {
+  using Vec = Vectorized<T>;
+  if (norm_topk_prob) {
+    Vec sum(0);
+    for (int64_t k = 0; k < padded; k += Vec::size()) sum = sum + Vec::loadu(values + k);
+    total = sum_of_lanes(sum);
   }
-  const T scale = scaling_factor / (norm_topk_prob ? sum : total);
-  for (int64_t k = 0; k < found; ++k) weights[k] *= scale;
+  divide(values, found, total, scaling_factor, weights);
 }
 
-/// Writes the weights of all rows; `long_values` has room for top_k, padded.
-template <typename scalar_t>
-void weights_of_chunk(const TopKGatingRows<scalar_t>& rows, bool from_exps,
-                      compute_t<scalar_t>* long_values, Chunk<compute_t<scalar_t>>& chunk) {
-  const int64_t top_k = rows.top_k;
-  if (from_exps) {
-    for (int64_t r = 0; r < chunk.size; ++r) {
-      const int64_t slot = chunk.tokens[r] * top_k;
-      weights_from_exps(chunk.exps + r * chunk.stride, rows.topk_indices + slot, chunk.found[r],
-                        rows.norm_topk_prob, rows.scaling_factor, chunk.totals[r],
-                        rows.topk_weights + slot);
-    }
-    return;
+/// Makes `values`, logits of the chosen and then -inf, weights; `top` is the largest.
+template <ScoreFunction kScore, typename T>
+void weigh_logits(int64_t found, int64_t padded, bool norm_topk_prob, T top, T scaling_factor,
+                  T* values, T* weights) {
+  using Vec = Vectorized<T>;
+  Vec sum(0);
+  for (int64_t k = 0; k < padded; k += Vec::size()) {
+    const Vec x = Vec::loadu(values + k);
+    const Vec value = norm_topk_prob ? in_proportion<kScore>(x, top) : score<kScore>(x);
+    value.store(values + k);
+    sum = sum + value;
   }
-  const int64_t padded = (top_k + kGroups - 1) / kGroups * kGroups;
+  divide(values, found, norm_topk_prob ? sum_of_lanes(sum) : T(1), scaling_factor, weights);
+}
+
+/// Writes the weights of all rows and counts their experts; `long_values` has room for top_k,
+/// padded.
+template <typename scalar_t>
+void weights_of_chunk(const TopKGatingRows<scalar_t>& rows, bool from_exps, bool best_first,
+                      compute_t<scalar_t>* long_values, Chunk<compute_t<scalar_t>>& chunk,
+                      int64_t* counts) {
+  using T = compute_t<scalar_t>;
+  const int64_t top_k = rows.top_k, padded = (top_k + kGroups - 1) / kGroups * kGroups;
   const bool fits = padded == kGroups;
-  const auto gather = [&](int64_t r, auto* values) {
-    gather_chosen(chunk.x + r * chunk.stride, rows.topk_indices + chunk.tokens[r] * top_k,
-                  chunk.found[r], padded, values);
+  const T rest = from_exps ? T(0) : kNegativeInfinity<T>;
+  const auto values = [&](int64_t r) { return fits ? chunk.values[r] : long_values; };
+  const auto gather = [&](int64_t r) {
+    gather_chosen((from_exps ? chunk.exps : chunk.x) + r * chunk.stride, rest,
+                  rows.topk_indices + chunk.tokens[r] * top_k, chunk.found[r], padded, values(r),
+                  counts);
   };
+  for (int64_t r = 0; fits && r < chunk.size; ++r) gather(r);
   with_score(rows.score_function, [&](auto kScore) {
-    for (int64_t r = 0; fits && r < chunk.size; ++r) gather(r, chunk.values[r]);
     for (int64_t r = 0; r < chunk.size; ++r) {
-      if (!fits) gather(r, long_values);
-      weigh<kScore>(chunk.found[r], padded, rows.norm_topk_prob, rows.scaling_factor,
-                    fits ? chunk.values[r] : long_values,
-                    rows.topk_weights + chunk.tokens[r] * top_k);
+      if (!fits) gather(r);
+      T* const weights = rows.topk_weights + chunk.tokens[r] * top_k;
+      if (from_exps) {
+        weigh_exps(chunk.found[r], padded, rows.norm_topk_prob, chunk.totals[r],
+                   rows.scaling_factor, values(r), weights);
+      } else {
+        const T top = best_first ? chunk.peaks[r] : maximum_of(values(r), padded);
+        weigh_logits<kScore>(chunk.found[r], padded, rows.norm_topk_prob, top, rows.scaling_factor,
+                             values(r), weights);
+      }
     }
   });
 }
@@ -285,8 +293,8 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
   const bool softmax = rows.score_function == ScoreFunction::kSoftmax;
   const bool keyed = !forced && (rows.expert_bias != nullptr || rows.num_groups > 1);
   const bool need_exps = stats || (softmax && (keyed || !rows.norm_topk_prob));
-  // Renormalised weights only where the best expert is sure to be among the chosen.
-  const bool from_exps = softmax && need_exps && (!rows.norm_topk_prob || (!keyed && !forced));
+  const bool best_first = !keyed && !forced;  // the best expert is sure to be the first chosen
+  const bool from_exps = softmax && need_exps && (!rows.norm_topk_prob || best_first);
 
   if (num_experts <= kNarrow && softmax && !keyed && !forced && rows.segment_ids == nullptr &&
       rows.noise == nullptr) {
@@ -344,15 +352,14 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
       choose_experts(keyed ? chunk.keys : chunk.x, num_experts, padded, top_k, rows.topk_indices,
                      heap, chunk);
     }
-    weights_of_chunk(rows, from_exps, values, chunk);
 
     const int64_t segment = chunk.segment - totals.first_segment;
-    int64_t* const counts = totals.counts + segment * num_experts;
     T* const sums = stats ? totals.sums + segment * width : nullptr;
+    weights_of_chunk(rows, from_exps, best_first, values, chunk,
+                     totals.counts + segment * num_experts);
     for (int64_t r = 0; r < chunk.size; ++r) {
       const int64_t found = chunk.found[r], slot = chunk.tokens[r] * top_k;
       int64_t* const chosen = rows.topk_indices + slot;
-      for (int64_t k = 0; k < found; ++k) counts[chosen[k]] += 1;
       if (stats && rows.token_weights != nullptr) {
         T* const load = sums + RoutingSums::load(num_experts);
         for (int64_t k = 0; k < found; ++k) load[chosen[k]] += chunk.token_weights[r];

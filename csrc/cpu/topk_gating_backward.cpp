@@ -30,21 +30,44 @@ void gate_gradient(int64_t padded, bool norm_topk_prob, T scaling_factor, const 
     }
     return;
   }
+  constexpr bool kCurved = kScore != ScoreFunction::kIdentity;
   const T top = maximum_of(values, padded);
   if (!(top > kNegativeInfinity<T>)) return;  // no slot is filled
   Vec totals(0), means(0);
-  for (int64_t k = 0; k < padded; k += Vec::size())
-    totals = totals + in_proportion<kScore>(Vec::loadu(values + k), top);
+  for (int64_t k = 0; k < padded; k += Vec::size()) {
+    const Vec value = in_proportion<kScore>(Vec::loadu(values + k), top);
+    totals = totals + value;
+    if constexpr (!kCurved) value.store(values + k);  // else the logits are needed again
+  }
+  // Each ratio is divided by itself: of a single expert it is 1, and its gradient 0.
   const Vec total(sum_of_lanes(totals)), scale(scaling_factor);
+  const auto ratio = [&](const Vec& value) {
+    return (kCurved ? in_proportion<kScore>(value, top) : value) / total;
+  };
   for (int64_t k = 0; k < padded; k += Vec::size()) {
-    const Vec ratio = in_proportion<kScore>(Vec::loadu(values + k), top) / total;
-    means = at::vec::fmadd(ratio, Vec::loadu(grads + k), means);
+    means = at::vec::fmadd(ratio(Vec::loadu(values + k)), Vec::loadu(grads + k), means);
   }
-  const Vec mean(sum_of_lanes(means));  // of a single expert its gradient itself: 0 is left
+  const Vec mean(sum_of_lanes(means));
   for (int64_t k = 0; k < padded; k += Vec::size()) {
-    const Vec x = Vec::loadu(values + k), ratio = in_proportion<kScore>(x, top) / total;
-    (scale * ratio * log_score_slope<kScore>(x) * (Vec::loadu(grads + k) - mean)).store(values + k);
+    const Vec value = Vec::loadu(values + k);
+    const Vec grad = scale * ratio(value) * (Vec::loadu(grads + k) - mean);
+    (kCurved ? grad * log_score_slope<kScore>(value) : grad).store(values + k);
   }
+}
+
+/// The same for a softmax without renormalisation: `values` are exps of the chosen and `scale`
+/// makes them weights. Returns what is taken from every expert's slope.
+template <typename T>
+T gate_gradient_of_softmax(int64_t padded, T scale, const T* grads, T* values) {
+  using Vec = Vectorized<T>;
+  Vec means(0);
+  for (int64_t k = 0; k < padded; k += Vec::size()) {
+    const Vec grad = Vec::loadu(grads + k);  // 0 where the slot is empty, and the value -inf
+    const Vec value = at::vec::clamp_min(Vec::loadu(values + k), Vec(0)) * Vec(scale) * grad;
+    value.store(values + k);
+    means = means + value;
+  }
+  return sum_of_lanes(means);
 }
 
 /// The slots of one token. What is not in [0, E) chose no expert.
@@ -67,20 +90,34 @@ struct Slots {
   }
 };
 
-/// values = logit(expert) and grads = grad_weights of the filled slots; -inf and 0 elsewhere.
-template <typename T, typename scalar_t, typename Logit>
-void gather_slots(const Slots<scalar_t>& slots, const T* grad_weights, int64_t padded, T* values,
-                  T* grads, const Logit& logit) {
-  using Vec = Vectorized<T>;
-  for (int64_t k = 0; k < padded; k += Vec::size()) {
-    Vec(kNegativeInfinity<T>).store(values + k);
-    Vec(T(0)).store(grads + k);
+/// Room for what the slots of some rows hold: many rows, or one of many slots in `scratch`.
+template <typename T>
+struct SlotMemory {
+  alignas(64) T short_values[kChunkRows][kGroups], short_grads[kChunkRows][kGroups];
+  T* scratch;  // [2 padded]
+  int64_t padded;
+
+  SlotMemory(int64_t top_k, T* scratch)
+      : scratch(scratch), padded((top_k + kGroups - 1) / kGroups * kGroups) {}
+  int64_t capacity() const { return padded == kGroups ? kChunkRows : 1; }
+  T* values(int64_t r) { return padded == kGroups ? short_values[r] : scratch; }
+  T* grads(int64_t r) { return padded == kGroups ? short_grads[r] : scratch + padded; }
+
+  /// values = logit(expert) and grads = grad_weights of the filled slots; -inf and 0 elsewhere.
+  template <typename scalar_t, typename Logit>
+  void gather(int64_t r, const Slots<scalar_t>& slots, const T* grad_weights, const Logit& logit) {
+    using Vec = Vectorized<T>;
+    T *const to = values(r), *const grads_to = grads(r);
+    for (int64_t k = 0; k < padded; k += Vec::size()) {
+      Vec(kNegativeInfinity<T>).store(to + k);
+      Vec(T(0)).store(grads_to + k);
+    }
+    slots.for_each([&](int64_t k, int64_t expert) {
+      to[k] = logit(expert);
+      grads_to[k] = grad_weights[k];
+    });
   }
-  slots.for_each([&](int64_t k, int64_t expert) {
-    values[k] = logit(expert);
-    grads[k] = grad_weights[k];
-  });
-}
+};
 
 /// Gradient of the tokens [begin, end) of a gate without any other loss: of the chosen logits only.
 template <typename scalar_t>
@@ -88,12 +125,8 @@ void sparse_backward(const TopKGatingBackwardRows<scalar_t>& rows, int64_t begin
                      compute_t<scalar_t>* scratch) {
   using T = compute_t<scalar_t>;
   const int64_t num_experts = rows.num_experts;
-  const int64_t padded = (rows.top_k + kGroups - 1) / kGroups * kGroups;
-  alignas(64) T short_values[kChunkRows][kGroups], short_grads[kChunkRows][kGroups];
-  const bool fits = padded == kGroups;
-  const int64_t capacity = fits ? kChunkRows : 1;
-  const auto values = [&](int64_t r) { return fits ? short_values[r] : scratch; };
-  const auto grads = [&](int64_t r) { return fits ? short_grads[r] : scratch + padded; };
+  SlotMemory<T> memory(rows.top_k, scratch);
+  const int64_t capacity = memory.capacity();
   const auto takes_part = [&](int64_t token) {
     return rows.grad_weights != nullptr &&
            (rows.token_weights == nullptr || rows.token_weights[token] > 0);
@@ -107,23 +140,25 @@ void sparse_backward(const TopKGatingBackwardRows<scalar_t>& rows, int64_t begin
       if (!takes_part(token)) continue;
       const scalar_t* const row = rows.logits + token * rows.row_stride;
       const scalar_t* const noise = rows.noise + token * rows.noise_stride;
-      gather_slots(Slots<scalar_t>(rows, token), rows.grad_weights + token * rows.top_k, padded,
-                   values(r), grads(r), [&](int64_t expert) {
-                     const T x = static_cast<T>(row[expert]);
-                     return sanitize(rows.noise != nullptr ? x + static_cast<T>(noise[expert]) : x);
-                   });
+      memory.gather(
+          r, Slots<scalar_t>(rows, token), rows.grad_weights + token * rows.top_k,
+          [&](int64_t expert) {
+            const T x = static_cast<T>(row[expert]);
+            return sanitize(rows.noise != nullptr ? x + static_cast<T>(noise[expert]) : x);
+          });
     }
     with_score(rows.score_function, [&](auto kScore) {
       for (int64_t r = 0; r < size; ++r) {
-        gate_gradient<kScore>(padded, rows.norm_topk_prob, rows.scaling_factor, grads(r),
-                              values(r));
+        if (!takes_part(first + r)) continue;
+        gate_gradient<kScore>(memory.padded, rows.norm_topk_prob, rows.scaling_factor,
+                              memory.grads(r), memory.values(r));
       }
     });
     for (int64_t r = 0; r < size; ++r) {
       if (!takes_part(first + r)) continue;
       scalar_t* const grad_row = rows.grad_logits + (first + r) * num_experts;
       Slots<scalar_t>(rows, first + r).for_each([&](int64_t k, int64_t expert) {
-        grad_row[expert] = static_cast<scalar_t>(values(r)[k]);
+        grad_row[expert] = static_cast<scalar_t>(memory.values(r)[k]);
       });
     }
   }
@@ -153,10 +188,9 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
   const int64_t part = padded_experts(num_experts);
   memory.give(num_experts, scratch, chunk);
   const int64_t padded = (num_experts + kGroups - 1) / kGroups * kGroups;
-  const int64_t padded_slots = (top_k + kGroups - 1) / kGroups * kGroups;
   T* const a = scratch + 3 * part;  // the gradient of prob_sum, padded with zeros
-  T* const values = a + part;
-  T* const grads = values + part;
+  SlotMemory<T> slot_memory(top_k, a + part);
+  if (chunk.capacity > slot_memory.capacity()) chunk.capacity = slot_memory.capacity();
   int64_t segment_of_a = -1;
   for (int64_t e = 0; e < part; ++e) a[e] = 0;
   T grad_lse_squared = 0, grad_entropy = 0;
@@ -209,28 +243,29 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
                   chunk.totals[r];
       if (!curved) common[r] += grad_lse[r];
     }
+    for (int64_t r = 0; gate && r < chunk.size; ++r) {
+      const T* const row = (gate_of_all ? chunk.exps : chunk.x) + r * chunk.stride;
+      slot_memory.gather(r, Slots<scalar_t>(rows, chunk.tokens[r]),
+                         rows.grad_weights + chunk.tokens[r] * top_k,
+                         [&](int64_t expert) { return row[expert]; });
+    }
+    with_score(rows.score_function, [&](auto kScore) {
+      for (int64_t r = 0; gate && r < chunk.size; ++r) {
+        T *const values = slot_memory.values(r), *const grads = slot_memory.grads(r);
+        if (gate_of_all) {
+          common[r] -= gate_gradient_of_softmax(
+              slot_memory.padded, rows.scaling_factor / chunk.totals[r], grads, values);
+        } else {
+          gate_gradient<kScore>(slot_memory.padded, rows.norm_topk_prob, rows.scaling_factor, grads,
+                                values);
+        }
+      }
+    });
     for (int64_t r = 0; r < chunk.size; ++r) {
-      const Slots<scalar_t> slots(rows, chunk.tokens[r]);
-      const T* const grad_weights = rows.grad_weights + (gate ? chunk.tokens[r] * top_k : 0);
       const T* const x = chunk.x + r * chunk.stride;
       const T* const exps = chunk.exps + r * chunk.stride;
       T* const out = y + r * chunk.stride;
       const T inverse = T(1) / chunk.totals[r];
-      if (gate_of_all) {
-        T mean = 0;
-        slots.for_each([&](int64_t k, int64_t expert) {
-          values[k] = rows.scaling_factor * grad_weights[k] * exps[expert] * inverse;
-          mean += values[k];
-        });
-        common[r] -= mean;
-      } else if (gate) {
-        gather_slots(slots, grad_weights, padded_slots, values, grads,
-                     [&](int64_t expert) { return x[expert]; });
-        with_score(rows.score_function, [&](auto kScore) {
-          gate_gradient<kScore>(padded_slots, rows.norm_topk_prob, rows.scaling_factor, grads,
-                                values);
-        });
-      }
       const Vec weight(chunk.token_weights[r]), shared(common[r]), share(inverse);
       const Vec of_entropy(chunk.token_weights[r] * grad_entropy);
       with_score(rows.score_function, [&](auto kScore) {
@@ -250,7 +285,12 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
           at::vec::fmadd(of_lse, q, Vec::loadu(out + e)).store(out + e);
         }
       }
-      if (gate) slots.for_each([&](int64_t k, int64_t expert) { out[expert] += values[k]; });
+      if (gate) {
+        const T* const values = slot_memory.values(r);
+        Slots<scalar_t>(rows, chunk.tokens[r]).for_each([&](int64_t k, int64_t expert) {
+          out[expert] += values[k];
+        });
+      }
       store_row(out, num_experts, rows.grad_logits + chunk.tokens[r] * num_experts);
     }
   }
