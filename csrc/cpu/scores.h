@@ -21,7 +21,7 @@ constexpr T kNegativeInfinity = -__builtin_huge_val();
 template <typename T>
 constexpr T kLowest = std::is_same_v<T, double> ? -__DBL_MAX__ : -__FLT_MAX__;
 
-/// exp(x) for |x| <= 1000. For float32 on AVX-512 without a call: 2^n (1 + r (1 + r q(r))) with
+/// exp(x) for x <= 1000. For float32 on AVX-512 without a call: 2^n (1 + r (1 + r q(r))) with
 /// x = n log 2 + r, |r| <= log(2) / 2, and q of degree 4 fitted to a relative error of 3e-9; within
 /// 1 ulp of exp, as the library's, and 0 where exp would be denormal, which the hardware is slow
 /// at.
@@ -77,13 +77,13 @@ constexpr T kScoreIsExp = -37;
 template <typename T>
 __attribute__((always_inline)) inline Vectorized<T> sigmoid(Vectorized<T> x) {
   using Vec = Vectorized<T>;
-  return Vec(1) / (Vec(1) + exponential(at::vec::clamp(x.neg(), Vec(T(-1000)), Vec(T(1000)))));
+  return Vec(1) / (Vec(1) + exponential(at::vec::clamp_max(x.neg(), Vec(T(1000)))));
 }
 
 /// log(1 + exp(-|x|)).
 template <typename T>
 Vectorized<T> log_one_plus_exp(Vectorized<T> x) {
-  return exponential(at::vec::clamp_min(x.abs().neg(), Vectorized<T>(T(-1000)))).log1p();
+  return exponential(x.abs().neg()).log1p();
 }
 
 /// s(x); of an absent expert, x = -inf, 0 (identity: -inf).
@@ -124,6 +124,19 @@ Vectorized<T> log_score_slope(Vectorized<T> x) {
   } else {
     return Vec(1);
   }
+}
+
+/// `value`, or -inf where the logit x is absent.
+template <typename T>
+__attribute__((always_inline)) inline Vectorized<T> unless_absent(Vectorized<T> x,
+                                                                  Vectorized<T> value) {
+  const Vectorized<T> absent(kNegativeInfinity<T>);
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(x, absent, _CMP_EQ_OQ), absent);
+  }
+#endif
+  return Vectorized<T>::blendv(value, absent, x == absent);
 }
 
 /// Numbers in proportion to the scores (identity: to exp(x)), of which the largest, that of the

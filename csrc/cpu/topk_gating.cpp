@@ -22,12 +22,12 @@ template <ScoreFunction kScore, bool kSoftmax, typename T>
 void keys_of_chunk(int64_t padded, const T* bias, Chunk<T>& chunk) {
   using Vec = Vectorized<T>;
   constexpr int64_t kParts = kGroups / Vec::size();
-  const Vec lowest(kLowest<T>), absent(kNegativeInfinity<T>);
+  const Vec lowest(kLowest<T>);
   for (int64_t r = 0; r < chunk.size; ++r) {
     const int64_t row = r * chunk.stride;
     const Vec inverse(kSoftmax ? T(1) / chunk.totals[r] : T(0));
     Vec best[kParts];
-    for (auto& b : best) b = absent;
+    for (auto& b : best) b = Vec(kNegativeInfinity<T>);
     for (int64_t e = 0; e < padded; e += kGroups) {
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kParts; ++i) {
@@ -35,7 +35,7 @@ void keys_of_chunk(int64_t padded, const T* bias, Chunk<T>& chunk) {
         const Vec x = Vec::loadu(chunk.x + row + at);
         const Vec s = kSoftmax ? Vec::loadu(chunk.exps + row + at) * inverse : score<kScore>(x);
         const Vec present = at::vec::clamp_min(s + Vec::loadu(bias + at), lowest);
-        const Vec key = Vec::blendv(present, absent, x == absent);
+        const Vec key = unless_absent(x, present);
         key.store(chunk.keys + row + at);
         best[i] = at::vec::clamp_min(best[i], key);
       }

@@ -39,10 +39,11 @@ void gate_gradient(int64_t padded, bool norm_topk_prob, T scaling_factor, const 
     totals = totals + value;
     if constexpr (!kCurved) value.store(values + k);  // else the logits are needed again
   }
-  // Each ratio is divided by itself: of a single expert it is 1, and its gradient 0.
-  const Vec total(sum_of_lanes(totals)), scale(scaling_factor);
+  // Of a single expert the ratio is 1 exactly, and the gradient 0: exp(0) / 1, or s / s.
+  const T sum = sum_of_lanes(totals);
+  const Vec total(sum), inverse(T(1) / sum), scale(scaling_factor);
   const auto ratio = [&](const Vec& value) {
-    return (kCurved ? in_proportion<kScore>(value, top) : value) / total;
+    return kCurved ? in_proportion<kScore>(value, top) / total : value * inverse;
   };
   for (int64_t k = 0; k < padded; k += Vec::size()) {
     means = at::vec::fmadd(ratio(Vec::loadu(values + k)), Vec::loadu(grads + k), means);
