@@ -349,7 +349,8 @@ TORCH_LIBRARY_IMPL(equipoise, Autograd, m) {
 
 LossReport report(const RoutingResult& routing,
                   const std::vector<std::pair<std::string, double>>& losses, bool guard_dense) {
-  TORCH_CHECK(routing.sums.numel() > 0, kOp, ": routing must come from topk_gating with stats");
+  TORCH_CHECK(routing.sums.defined(), kOp, ": routing must come from topk_gating with stats");
+  const auto sums = routing.sums.dim() == 2 ? routing.sums.sum(0) : routing.sums;  // of segments
   LossReport result;
   Names names;
   std::vector<double> coefficients;
@@ -360,10 +361,10 @@ LossReport report(const RoutingResult& routing,
     coefficients.push_back(coefficient);
     result.names.push_back(name);
   }
-  const auto tensor = at::tensor(coefficients, routing.sums.options().dtype(at::kFloat));
+  const auto tensor = at::tensor(coefficients, sums.options().dtype(at::kFloat));
   std::tie(result.total, result.values) =
-      call_op(routing.sums, {tensor, names, routing.top_k(), std::nullopt, std::nullopt, "batch", 1,
-                             false, "none", guard_dense});
+      call_op(sums, {tensor, names, routing.top_k(), std::nullopt, std::nullopt, "batch", 1, false,
+                     "none", guard_dense});
   return result;
 }
 

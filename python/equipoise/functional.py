@@ -352,7 +352,7 @@ def balance_loss(routing: RoutingResult, losses: Mapping[str, float | Tensor]) -
     - ``z``: ``mean(lse^2)`` (ST-MoE, arXiv:2202.08906)
 
     With K = E every expert gets every token: ``switch`` is then left out (value 0), with one
-    warning.
+    warning. Segments are added up first.
 
     Args:
         routing: from ``topk_gating`` with ``stats=True``.
@@ -398,6 +398,8 @@ def _balance_loss(
 ) -> LossReport:
     names = list(losses)
     sums = routing._stats()
+    if sums.dim() == 2:  # of segments
+        sums = sums.sum(0)
     for name, value in losses.items():
         if not isinstance(value, Tensor) and not value >= 0:
             raise ValueError(f"balance_loss: the coefficient of '{name}' must be >= 0, got {value}")

@@ -65,6 +65,16 @@ def test_masked_tokens_are_left_out():
     torch.testing.assert_close(masked.total, kept.total)
 
 
+def test_segments_are_added_up():
+    x = torch.randn(12, 6).requires_grad_()
+    whole = F.topk_gating(x, 2)
+    cut = F.topk_gating(x, 2, segment_ids=torch.randint(0, 3, (12,)), num_segments=4)
+    losses = {"switch": 0.1, "z": 0.01}
+    torch.testing.assert_close(F.balance_loss(cut, losses), F.balance_loss(whole, losses))
+    grads = [torch.autograd.grad(F.balance_loss(r, losses).total, x)[0] for r in (cut, whole)]
+    torch.testing.assert_close(*grads)
+
+
 def test_token_weights_count_as_repetitions():
     logits = torch.randn(4, 5)
     weighted = F.topk_gating(logits, 2, token_mask=torch.tensor([2.0, 0.0, 1.0, 3.0]))
