@@ -17,12 +17,11 @@ namespace {
 
 // ---- which experts ---------------------------------------------------------------------
 
-/// keys = score + bias, above -inf for all that are present; `bias` is padded.
+/// keys = score + bias, above -inf for all that are present; `bias` is padded and above -inf.
 template <ScoreFunction kScore, bool kSoftmax, typename T>
 void keys_of_chunk(int64_t padded, const T* bias, Chunk<T>& chunk) {
   using Vec = Vectorized<T>;
   constexpr int64_t kParts = kGroups / Vec::size();
-  const Vec lowest(kLowest<T>);
   for (int64_t r = 0; r < chunk.size; ++r) {
     const int64_t row = r * chunk.stride;
     const Vec inverse(kSoftmax ? T(1) / chunk.totals[r] : T(0));
@@ -34,7 +33,9 @@ void keys_of_chunk(int64_t padded, const T* bias, Chunk<T>& chunk) {
         const int64_t at = e + i * Vec::size();
         const Vec x = Vec::loadu(chunk.x + row + at);
         const Vec s = kSoftmax ? Vec::loadu(chunk.exps + row + at) * inverse : score<kScore>(x);
-        const Vec present = at::vec::clamp_min(s + Vec::loadu(bias + at), lowest);
+        Vec present = s + Vec::loadu(bias + at);
+        if constexpr (kScore == ScoreFunction::kIdentity && !kSoftmax)  // other scores are >= 0
+          present = at::vec::clamp_min(present, Vec(kLowest<T>));
         const Vec key = unless_absent(x, present);
         key.store(chunk.keys + row + at);
         best[i] = at::vec::clamp_min(best[i], key);
@@ -313,7 +314,7 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
   if (keyed) {
     for (int64_t e = 0; e < part; ++e) {
       const T value = rows.expert_bias != nullptr && e < num_experts ? rows.expert_bias[e] : T(0);
-      bias[e] = value == value ? value : kLowest<T>;
+      bias[e] = value > kLowest<T> ? value : kLowest<T>;  // of a NaN, too
     }
   }
 
@@ -338,7 +339,7 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
     } else {
       if (keyed) {
         if (softmax) {
-          keys_of_chunk<ScoreFunction::kSoftmax, true>(padded, bias, chunk);
+          keys_of_chunk<ScoreFunction::kIdentity, true>(padded, bias, chunk);
         } else {
           with_score(rows.score_function,
                      [&](auto kScore) { keys_of_chunk<kScore, false>(padded, bias, chunk); });
