@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from machine_code import ARCHITECTURES, ROOT, Kernel, compiler, read
-from traffic import EXPERTS, MINIMUM, SIZES, TOP_K, WIDTH, Interpreter
+from traffic import EXPERTS, MINIMUM, SEGMENTS, SIZES, TOP_K, WIDTH, Interpreter
 
 DOCUMENT = ROOT / "docs/kernels.md"
 MOST_TRAFFIC = 1.15
@@ -143,6 +143,8 @@ def traffic_text(interpreter: Interpreter, ptx_log: Path, faults: list[str]) -> 
             moved = sum(sectors for sectors, *_ in kernels.values())
             if moved > MOST_TRAFFIC * least or not kernels:
                 faults.append(f"{op}, T = {tokens}: {moved} sectors, at least {least:.0f}")
+            if op.startswith("topk_gating") and len(kernels) != 1:
+                faults.append(f"{op}, T = {tokens}: {len(kernels)} launches, not one")
             head = [f"{moved / tokens:.2f}", f"{least / tokens:.2f}", f"{moved / least:.2f}"]
             rows.append([f"**{op}, T = {tokens}**", *head, "", ""])
             for name, (sectors, passes, ideal) in kernels.items():
@@ -154,10 +156,11 @@ def traffic_text(interpreter: Interpreter, ptx_log: Path, faults: list[str]) -> 
     return f"""
 ## Memory moved
 
-Per token, E = {EXPERTS}, K = {TOP_K}, H = {WIDTH}, bfloat16, forward. Sectors of 32 bytes of global
-memory, as the instructions of each warp touch them (no cache is assumed). The least is inputs and
-outputs once, for the gating also one partial [E] of each block (64 sectors at E = 128: its counts,
-and its sums written and read). A ratio above {MOST_TRAFFIC} is an error. Then passes of shared
+Per token, E = {EXPERTS}, K = {TOP_K}, H = {WIDTH}, bfloat16; {SEGMENTS} segments, one after the
+other. Sectors of 32 bytes of global memory, as the instructions of each warp touch them (no cache
+is assumed). The least is inputs and outputs once, for the gating also one partial [E] of each block
+(64 sectors at E = 128: its counts, and its sums written and read). A ratio above {MOST_TRAFFIC} is
+an error, and so is more than one launch of the gating in either direction. Then passes of shared
 memory, and how many there would be if no two lanes met in a bank.
 
 {table(head, rows)}

@@ -15,7 +15,7 @@ from pathlib import Path
 from machine_code import ROOT, readable
 
 SIZES = (512, 4096)
-EXPERTS, TOP_K, WIDTH = 128, 8, 1024  # bfloat16
+EXPERTS, TOP_K, WIDTH, SEGMENTS = 128, 8, 1024, 8  # bfloat16
 SECTOR = 32
 
 
@@ -30,6 +30,20 @@ def minimum_of_gating(tokens: int) -> float:
     return (logits + chosen + lse + totals + partials) / SECTOR
 
 
+def minimum_with_segments(tokens: int) -> float:
+    """The same with sums for each of some segments, one after the other."""
+    totals = EXPERTS * 8 + (2 * EXPERTS + 5) * 4
+    return minimum_of_gating(tokens) + (tokens * 8 + (SEGMENTS - 1) * totals) / SECTOR
+
+
+def minimum_of_gradient(tokens: int) -> float:
+    """Sectors of the gradients of weights, lse and sums, of other inputs and of the output."""
+    logits = 2 * tokens * EXPERTS * 2
+    chosen = tokens * TOP_K * (4 + 8)
+    lse = 2 * tokens * 4
+    return (logits + chosen + lse + (2 * EXPERTS + 5) * 4) / SECTOR
+
+
 def minimum_of_permutation(tokens: int) -> float:
     """Sectors of inputs and outputs: a row is read once and written K times."""
     rows = tokens * (1 + TOP_K) * WIDTH * 2
@@ -38,7 +52,12 @@ def minimum_of_permutation(tokens: int) -> float:
     return (rows + slots + totals) / SECTOR
 
 
-MINIMUM = {"topk_gating": minimum_of_gating, "moe_permute": minimum_of_permutation}
+MINIMUM = {
+    "topk_gating": minimum_of_gating,
+    "topk_gating with segments": minimum_with_segments,
+    "topk_gating_backward": minimum_of_gradient,
+    "moe_permute": minimum_of_permutation,
+}
 
 
 class Interpreter:
@@ -64,13 +83,14 @@ class Interpreter:
         return done.stderr
 
     def traffic(self, op: str, tokens: int) -> dict[str, tuple[int, int, int]]:
-        """Per kernel: sectors, passes of shared memory, passes without any bank conflict."""
+        """Per launch: sectors, passes of shared memory, passes without any bank conflict."""
         text = self.stderr(__file__, op, str(tokens), PTXRUN_STATS="1")
         pattern = r"\[ptxrun\] (\w+): .* sectors (\d+) .* shared passes (\d+) \(ideal (\d+)\)"
-        return {
-            readable(name)[0]: (int(sectors), int(passes), int(ideal))
-            for name, sectors, passes, ideal in re.findall(pattern, text)
-        }
+        launches = {}
+        for name, *numbers in re.findall(pattern, text):
+            assert readable(name)[0] not in launches, f"{op} launches {name} twice"
+            launches[readable(name)[0]] = tuple(map(int, numbers))
+        return launches
 
     def not_executed(self, log: Path) -> list[str]:
         """Instances of kernels in the library that no test marked `cuda` runs.
@@ -93,6 +113,7 @@ def main() -> None:
     import torch
 
     import equipoise.functional as F
+    from equipoise import ops
 
     maps = Path("/proc/self/maps").read_text()
     assert os.path.realpath(os.environ["EQUIPOISE_LIBRARY"]) in maps, "another library is loaded"
@@ -101,9 +122,19 @@ def main() -> None:
     logits = -torch.rand(tokens, EXPERTS).bfloat16()  # the same bits on every CPU, and few ties
     if op == "topk_gating":
         F.topk_gating(logits.cuda(), TOP_K)
+        return
+    if op == "topk_gating with segments":
+        segments = torch.arange(SEGMENTS).repeat_interleave(tokens // SEGMENTS)
+        F.topk_gating(logits.cuda(), TOP_K, segment_ids=segments.cuda(), num_segments=SEGMENTS)
+        return
+    r = F.topk_gating(logits, TOP_K)
+    indices = r.topk_indices.cuda()
+    if op == "topk_gating_backward":
+        grads = (torch.ones_like(x).cuda() for x in (r.topk_weights, r.lse, r.sums))
+        gate = "softmax", False, 1.0
+        ops.topk_gating_backward(*grads, logits.cuda(), indices, r.lse.cuda(), *gate)
     else:
-        indices = F.topk_gating(logits, TOP_K).topk_indices
-        F.moe_permute(torch.ones(tokens, WIDTH).bfloat16().cuda(), indices.cuda(), EXPERTS)
+        F.moe_permute(torch.ones(tokens, WIDTH).bfloat16().cuda(), indices, EXPERTS)
 
 
 if __name__ == "__main__":
