@@ -187,17 +187,12 @@ def test_gating_options(score_function, dtype):
     """What is optional, in every team of lanes and in a block: groups that end within a lane's
     experts, between two lanes, and nowhere near.
     """
-    norms = [False] if score_function == "identity" else [False, True]
-    for experts, num_groups, group_topk in [
-        (6, 3, 2),
-        (30, 10, 4),
-        (60, 60, 20),
-        (120, 4, 3),
-        (256, 8, 4),
-        (500, 25, 7),
-        (520, 40, 9),
-        (518, 2, 1),
-    ]:
+    sizes = [(6, 3, 2), (30, 10, 4), (60, 60, 20), (120, 4, 3), (256, 8, 4), (500, 25, 7)]
+    sizes += [(520, 40, 9), (518, 2, 1)]
+    for i, (experts, num_groups, group_topk) in enumerate(sizes):
+        if dtype == torch.float64 and experts < 500:  # goes the same way as more experts
+            continue
+        norm = score_function != "identity" and (i + SCORE_FUNCTIONS.index(score_function)) % 2 == 0
         x, noise = make_logits(9, experts, dtype), make_logits(9, experts, dtype, seed=1) / 4
         x[0, 0] = torch.nan
         x[1, : experts // 2] = -torch.inf
@@ -210,14 +205,13 @@ def test_gating_options(score_function, dtype):
         forced[torch.rand(9, 4) < 0.2] = -1
         groups = dict(num_groups=num_groups, group_topk=group_topk)
         segments = dict(segment_ids=ids, num_segments=5)
-        for norm in norms:
-            common = dict(top_k=4, score_function=score_function, norm_topk_prob=norm)
-            check_gating(x, **common)
-            check_gating(x, **common, **groups, expert_bias=bias, stats=False)
-            check_gating(x, **common, **groups, group_score="max", noise=noise, scaling_factor=2.5)
-            check_gating(x, **common, **segments, expert_bias=bias, token_mask=weights)
-            check_gating(x, **common, **segments, forced_indices=forced, token_mask=weights > 0.2)
-            check_gating(x, **common, forced_indices=forced, token_mask=weights, noise=noise)
+        common = dict(top_k=4, score_function=score_function, norm_topk_prob=norm)
+        check_gating(x, **common)
+        check_gating(x, **common, **groups, expert_bias=bias, stats=False)
+        check_gating(x, **common, **groups, group_score="max", noise=noise, scaling_factor=2.5)
+        check_gating(x, **common, **segments, expert_bias=bias, token_mask=weights)
+        check_gating(x, **common, **segments, forced_indices=forced, token_mask=weights > 0.2)
+        check_gating(x, **common, forced_indices=forced, token_mask=weights, noise=noise)
 
 
 @pytest.mark.parametrize(
