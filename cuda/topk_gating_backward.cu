@@ -145,19 +145,29 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& Team::kItems <= 8 ? 3 : 0
   const bool dense = b.is_dense();
   const bool has_plain_scores = !kGeneral || b.has_plain_scores();
   float grad_prob[kItems] = {}, grad_lse_squared = 0, grad_entropy = 0;
-  const auto read_grad_sums = [&](int64_t segment) {
-    const auto grad_sums = b.grad_of_segment(segment);
-    if (grad_sums.prob == nullptr) return;
+  using GradSums = typename Backward<scalar_t>::GradSums;
+  const auto keep = [&](const GradSums& grad_sums, int experts) {  // this lane's part
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int e = Team::first_expert() + i;
-      if (e < b.experts) grad_prob[i] = grad_sums.prob[e];
+      if (e < experts) grad_prob[i] = grad_sums.prob[e];
     }
     grad_lse_squared = grad_sums.lse_squared;
     grad_entropy = grad_sums.entropy;
   };
   const bool has_segments = kGeneral && b.segment_ids != nullptr;
-  if (!has_segments) read_grad_sums(0);
+  if (b.grad_sums != nullptr && !has_segments) {  // read once for all teams of the block
+    float* shared_sums = reinterpret_cast<float*>(shared_memory) + Team::kTeams * Team::kExperts;
+    float* shared_tail = shared_sums + Team::kExperts;
+    for (int e = threadIdx.x; e < b.experts; e += kThreads) {
+      shared_sums[e] = b.grad_sums[RoutingSums::prob + e];
+    }
+    if (threadIdx.x < kTailSize) {
+      shared_tail[threadIdx.x] = b.grad_sums[RoutingSums::weight(b.experts) + threadIdx.x];
+    }
+    __syncthreads();
+    keep({shared_sums, shared_tail[kLseSquared], shared_tail[kEntropy]}, b.experts);
+  }
   for (int64_t first = blockIdx.x * int64_t{Team::kTeams}; first < b.tokens;
        first += gridDim.x * int64_t{Team::kTeams}) {
     const int64_t token = first + Team::number();
@@ -165,7 +175,9 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& Team::kItems <= 8 ? 3 : 0
     bool invalid = false;
     const float token_weight = exists ? b.template weight<kGeneral>(token, &invalid) : 0.f;
     const bool active = token_weight > 0;
-    if (has_segments && active) read_grad_sums(b.segment(token));
+    if (b.grad_sums != nullptr && has_segments && active) {
+      keep(b.grad_of_segment(b.segment(token)), b.experts);
+    }
     float x[kItems];
     if (dense && active) {
       load_logits<kGeneral>(b, token, Team::first_expert(), x);
@@ -410,10 +422,11 @@ void backward(const TopKGatingBackwardArguments& arguments, const at::Tensor& gr
       with_team(b.experts, [&](auto team) {
         using Team = decltype(team);
         const int64_t blocks = std::min(ceil_div(b.tokens, Team::kTeams), kMaxBackwardBlocks);
-        const int64_t gate_bytes = Team::kTeams * Team::kExperts * sizeof(float);
+        const int64_t shared_bytes =
+            ((Team::kTeams + 1) * Team::kExperts + kTailSize) * sizeof(float);
         const auto kernel = is_general(b) ? topk_gating_backward_team_kernel<scalar_t, Team, true>
                                           : topk_gating_backward_team_kernel<scalar_t, Team, false>;
-        launch(kernel, blocks, kThreads, gate_bytes, stream, b);
+        launch(kernel, blocks, kThreads, shared_bytes, stream, b);
       });
       return;
     }

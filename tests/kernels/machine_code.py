@@ -220,15 +220,17 @@ def _check_fences(body: list[Instruction]) -> tuple[int, list[str]]:
             faults.append(f"no memory barrier between a ticket and {instruction.address}")
         elif re.match(r"MEMBAR\.(SC|ALL)\.(GPU|SYS)", text):
             store_waits = ticket_waits = False
-        elif re.match(r"(BRX|JMX|JMP)\b", text):
+        elif re.match(r"(BRX|JMX|JMP)\b", text) and "BRANCH_TARGETS" not in text:
             faults.append(f"cannot follow the jump at {instruction.address}")
 
         follows = []
-        if instruction.predicated or not re.match(r"EXIT|RET|BRA(\.U)? `", text):
+        if instruction.predicated or not re.match(r"EXIT|RET|BRX|BRA(\.U)? `", text):
             follows.append(at + 1)
         if match := re.match(r"BSYNC\S* (B\d+)", text):
             if at + 1 not in scopes[match[1]]:  # else this one ends its scope
                 follows += scopes[match[1]]
+        elif match := re.search(r"BRANCH_TARGETS ([^\"]+)", text):
+            follows += [place[label] for label in match[1].split(",")]
         elif (match := re.search(r"`\((\S+)\)", text)) and not text.startswith("BSSY"):
             follows.append(place[match[1]])
         todo += [(next_one, store_waits, ticket_waits) for next_one in follows]

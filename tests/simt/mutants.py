@@ -131,8 +131,8 @@ MUTANTS = [
     Mutant(
         "wrong segment: all tokens get the gradients of the first",
         "topk_gating_backward.cu",
-        "read_grad_sums(b.segment(token));",
-        "read_grad_sums(0);",
+        "keep(b.grad_of_segment(b.segment(token)), b.experts);",
+        "keep(b.grad_of_segment(0), b.experts);",
         "topk_gating",
     ),
     Mutant(
