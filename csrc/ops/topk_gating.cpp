@@ -229,7 +229,7 @@ void check(const Tensor& logits, const Parameters& p) {
   }
 }
 
-/// at::empty; on the CPU without the dispatcher, whose 0.3 us a tensor one token would notice.
+/// at::empty; on the CPU without the dispatcher.
 Tensor new_empty(c10::SymIntArrayRef sizes, const at::TensorOptions& options) {
   if (options.device().is_cpu()) {
     if (const auto known = c10::asIntArrayRefSlowOpt(sizes))
@@ -238,7 +238,7 @@ Tensor new_empty(c10::SymIntArrayRef sizes, const at::TensorOptions& options) {
   return at::empty_symint(sizes, options);
 }
 
-/// Without stats lse and sums are absent: each output costs a one-token call 0.5 us.
+/// Without stats lse and sums are absent: each output makes a one-token call longer.
 Results allocate(const Tensor& logits, const Parameters& p) {
   const auto num_experts = logits.sym_size(-1);
   const auto compute = logits.options().dtype(accumulate_type(logits.scalar_type()));
