@@ -55,59 +55,66 @@ constexpr int kFanIn = 32;
 /// Tickets for sum_block_rows, to be zeroed before the kernel.
 constexpr int kTickets = kFanIn + 1;
 
-/// Adds up rows[gridDim.x][width], of which each block has written its own, into rows[0]: within
-/// each kFanIn neighbours first, then over those sums, so in an order that depends on the grid
-/// alone. True in one block, which may then read rows[0] and all else that any block wrote before.
-/// With `parts`, a row is [parts][width] and has only those parts whose flag in
-/// written[gridDim.x][parts] is set; what stands in the others is not read.
-template <typename T>
-__device__ bool sum_block_rows(T* rows, int64_t width, unsigned* tickets, bool* written = nullptr,
-                               int64_t parts = 1) {
+/// Adds up rows[gridDim.x][width], of which each block has written its own, and hands each sum to
+/// finish(part, column, sum): within each kFanIn neighbours first, then over those sums, so in an
+/// order that depends on the grid alone. All sums are finished by one block; true in that one,
+/// which may then read all else that any block wrote before. With `parts`, a row is [parts][width]
+/// and has only those parts whose flag in written[parts][gridDim.x] is set; what stands in the
+/// others is not read, and a part that no row has is finished as zeros.
+template <typename T, typename Finish>
+__device__ bool sum_block_rows(T* rows, int64_t width, unsigned* tickets, const Finish& finish,
+                               bool* written = nullptr, int64_t parts = 1) {
   const unsigned blocks = gridDim.x, groups = (blocks + kFanIn - 1) / kFanIn;
   const unsigned group = blockIdx.x / kFanIn, first = group * kFanIn;
   const unsigned members = min(blocks - first, static_cast<unsigned>(kFanIn));
-  const auto add_rows = [&](T* into, unsigned count, int64_t stride) {
-    for (int64_t column = threadIdx.x; column < width; column += blockDim.x) {
-      T sum = into[column];
+  // Adds up `count` rows, `stride` apart, from row `begin` on; the sums take its place unless they
+  // are the last.
+  const auto add = [&](unsigned begin, unsigned count, int64_t stride, bool last) {
+    const auto put = [&](int64_t part, int64_t column, T sum) {
+      if (last) {
+        finish(part, column, sum);
+      } else {
+        rows[(begin * parts + part) * width + column] = sum;
+      }
+    };
+    if (written == nullptr) {
+      const T* from = rows + begin * width;
+      for (int64_t column = threadIdx.x; column < width; column += blockDim.x) {
+        T sum = from[column];
 #pragma unroll 8
-      for (unsigned i = 1; i < count; ++i) sum += into[i * stride + column];
-      into[column] = sum;
+        for (unsigned i = 1; i < count; ++i) sum += from[i * stride * width + column];
+        put(0, column, sum);
+      }
+      return;
     }
-  };
-  // A warp takes a part: a lane looks at the flag of one row.
-  const auto add_parts = [&](T* into, bool* flags, unsigned count, int64_t stride) {
+    // A warp takes a part: a lane looks at the flag of one row.
     static_assert(kFanIn <= kWarpSize);
     const unsigned lane = threadIdx.x % kWarpSize;
     for (int64_t part = threadIdx.x / kWarpSize; part < parts; part += blockDim.x / kWarpSize) {
-      const bool has = lane < count && flags[lane * stride * parts + part];
-      const unsigned having = __ballot_sync(kFullMask, has);
-      if (having == 0) continue;
-      for (int64_t column = part * width + lane; column < (part + 1) * width; column += kWarpSize) {
+      bool* flags = written + part * blocks + begin;
+      const unsigned having = __ballot_sync(kFullMask, lane < count && flags[lane * stride]);
+      if (having == 0 && !last) continue;
+      const T* from = rows + (begin * parts + part) * width;
+      for (int64_t column = lane; column < width; column += kWarpSize) {
         T sum = 0;
         for (unsigned rest = having; rest != 0; rest &= rest - 1) {
-          sum += into[(__ffs(rest) - 1) * stride * parts * width + column];
+          sum += from[(__ffs(rest) - 1) * stride * parts * width + column];
         }
-        into[column] = sum;
+        put(part, column, sum);
       }
-      if (lane == 0) flags[part] = true;
-    }
-  };
-  const auto add = [&](unsigned row, unsigned count, unsigned stride) {
-    if (written == nullptr) {
-      add_rows(rows + row * width, count, stride * width);
-    } else {
-      add_parts(rows + row * parts * width, written + row * parts, count, stride);
+      if (lane == 0) flags[0] = true;
     }
   };
   if (blocks == 1) {
     __syncthreads();
+    add(0, 1, 1, true);
     return true;
   }
   if (!last_to_arrive(&tickets[1 + group], members)) return false;
-  add(first, members, 1);
+  add(first, members, 1, groups == 1);
+  if (groups == 1) return true;
   if (!last_to_arrive(&tickets[0], groups)) return false;
-  add(0, groups, kFanIn);
-  __syncthreads();
+  add(0, groups, kFanIn, true);
   return true;
 }
 

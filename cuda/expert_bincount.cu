@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kWarpSize)
     if (expert >= 0 && (peers & lanes_below(lane)) == 0) own[expert] += sum;
     __syncwarp();  // the next slots may add to the same expert
   }
-  if (!sum_block_rows(segment_sums, slots.experts, tickets)) return;
-  for (int e = lane; e < slots.experts; e += kWarpSize) sums[e] = segment_sums[e];
+  sum_block_rows(segment_sums, slots.experts, tickets,
+                 [&](int64_t, int64_t expert, compute_t sum) { sums[expert] = sum; });
 }
 
 template <typename scalar_t>

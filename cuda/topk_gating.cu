@@ -36,6 +36,7 @@ namespace {
 using namespace gating;
 
 constexpr int kWarps = kThreads / kWarpSize;
+constexpr int64_t kSectorBytes = 32;  // of memory, which is moved as a whole
 constexpr int64_t kMaxBlocks = 512;
 static_assert(kMaxBlocks <= kFanIn * kFanIn);
 
@@ -61,14 +62,27 @@ struct Forward : Rows<scalar_t> {
   unsigned* tickets;           // [kTickets], zero if there are several blocks or segments
   unsigned long long* counts;  // [S, E], likewise
   compute_t* block_sums;       // [blocks, S, sums_width()]
-  bool* written;               // [blocks, S], zero: which of them there are; null without segments
+  bool* written;               // [S, blocks], zero: which of them there are; null without segments
   compute_t* groups;           // [blocks, 2, num_groups], for a block per row
   int64_t block_rows;          // of a block, neighbours; 0: a grid apart
   int chosen_stride;           // of a team, in `chosen`
 
+  // A row of block_sums has the columns of RoutingSums, without the load if that is the count, and
+  // then zeros up to a whole sector.
+  __host__ __device__ int64_t tail_column() const {
+    return this->experts * (this->token_weights == nullptr ? 1 : 2);
+  }
   __host__ __device__ int64_t sums_width() const {
-    return sums == nullptr ? 0
-                           : kTailSize + this->experts * (this->token_weights == nullptr ? 1 : 2);
+    constexpr int64_t kSector = kSectorBytes / sizeof(compute_t);
+    return sums == nullptr ? 0 : (tail_column() + kTailSize + kSector - 1) / kSector * kSector;
+  }
+
+  // Of this block and a segment, in `written`.
+  __device__ bool& written_here(int64_t segment) const {
+    return written[segment * gridDim.x + blockIdx.x];
+  }
+  __device__ bool was_written(int64_t segment) const {
+    return written != nullptr && written_here(segment);
   }
 
   // Whether experts are selected by key(), else by their logits.
@@ -113,29 +127,24 @@ struct Forward : Rows<scalar_t> {
 // After the last row: the last block to arrive writes what belongs to no single token.
 template <typename scalar_t>
 __device__ void write_totals(const Forward<scalar_t>& f) {
-  const int64_t width = f.sums_width();
-  if (!sum_block_rows(f.block_sums, width, f.tickets, f.written, f.segments)) return;
-  const auto is_written = [&](int64_t segment) {
-    return f.written == nullptr || f.written[segment];
+  const auto sums_of = [&](int64_t segment) {
+    return f.sums + segment * RoutingSums::width(f.experts);
   };
+  const int64_t tail = f.tail_column();
+  const auto finish = [&](int64_t segment, int64_t column, auto sum) {
+    if (column >= tail + kTailSize) return;
+    const int64_t left_out = column < tail ? 0 : RoutingSums::weight(f.experts) - tail;
+    sums_of(segment)[column + left_out] = sum;
+  };
+  if (!sum_block_rows(f.block_sums, f.sums_width(), f.tickets, finish, f.written, f.segments))
+    return;
   for (int64_t i = threadIdx.x; i < f.segments * f.experts; i += blockDim.x) {
-    f.tokens_per_expert[i] = static_cast<int64_t>(f.counts[i]);
-    if (f.sums == nullptr) continue;
+    const auto count = f.counts[i];
+    f.tokens_per_expert[i] = static_cast<int64_t>(count);
+    if (f.sums == nullptr || f.token_weights != nullptr) continue;
     const int64_t segment = f.segment_ids == nullptr ? 0 : i / f.experts;
     const int64_t e = i - segment * f.experts;
-    const auto* total = f.block_sums + segment * width + kTailSize + e;
-    auto* sums = f.sums + segment * RoutingSums::width(f.experts);
-    const bool has_sums = is_written(segment);
-    sums[RoutingSums::prob + e] = has_sums ? *total : 0;
-    sums[RoutingSums::load(f.experts) + e] = f.token_weights == nullptr ? f.counts[i]
-                                             : has_sums                 ? total[f.experts]
-                                                                        : 0;
-  }
-  if (f.sums == nullptr) return;
-  for (int64_t i = threadIdx.x; i < f.segments * kTailSize; i += blockDim.x) {
-    const int64_t segment = i / kTailSize, which = i % kTailSize;
-    auto* tail = f.sums + segment * RoutingSums::width(f.experts) + RoutingSums::weight(f.experts);
-    tail[which] = is_written(segment) ? f.block_sums[segment * width + which] : 0;
+    sums_of(segment)[RoutingSums::load(f.experts) + e] = count;
   }
 }
 
@@ -400,39 +409,42 @@ template <typename Team, bool kGeneral, typename scalar_t, int kItems = Team::kI
 __device__ void write_block_sums(const Forward<scalar_t>& f, int64_t segment,
                                  const float (&prob_sum)[kItems], const float (&load)[kItems],
                                  const float (&tail)[kTailSize], float* warp_sums) {
-  const int width = f.sums_width();
+  const int width = f.sums_width(), tail_column = f.tail_column();
   const int lane = threadIdx.x % kWarpSize;
   float* own = warp_sums + threadIdx.x / kWarpSize * width;
 #pragma unroll
   for (int i = 0; i < kTailSize; ++i) {
     const float sum = team_reduce<kWarpSize>(tail[i], Sum{});
-    if (lane == 0) own[i] = sum;
+    if (lane == 0) own[tail_column + i] = sum;
   }
+  const int after_tail = tail_column + kTailSize;
+  if (lane < width - after_tail) own[after_tail + lane] = 0;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int e = Team::first_expert() + i;
     const bool writes = lane < Team::kLanes && e < f.experts;
     const float prob = sum_over_teams<Team::kLanes>(prob_sum[i]);
-    if (writes) own[kTailSize + e] = prob;
+    if (writes) own[RoutingSums::prob + e] = prob;
     if (f.token_weights != nullptr) {
       const float weight = sum_over_teams<Team::kLanes>(load[i]);
-      if (writes) own[kTailSize + f.experts + e] = weight;
+      if (writes) own[RoutingSums::load(f.experts) + e] = weight;
     }
   }
   bool adds = false;
   int64_t part = blockIdx.x;
   if constexpr (kGeneral) {
     part = part * f.segments + segment;
-    adds = f.written != nullptr && f.written[part];
+    adds = __syncthreads_or(threadIdx.x == 0 && f.was_written(segment));
+  } else {
+    __syncthreads();
   }
-  __syncthreads();
   for (int column = threadIdx.x; column < width; column += kThreads) {
     float* to = f.block_sums + part * width + column;
     float sum = adds ? *to : 0.f;
     for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[warp * width + column];
     *to = sum;
   }
-  if (kGeneral && f.written != nullptr && threadIdx.x == 0) f.written[part] = true;
+  if (kGeneral && f.written != nullptr && threadIdx.x == 0) f.written_here(segment) = true;
 }
 
 // Blocks per multiprocessor to ask for; 0: as ptxas likes. It would spill to fit one more than
@@ -672,7 +684,7 @@ __global__ void __launch_bounds__(kThreads, 2) topk_gating_block_kernel(const Fo
   compute_t* block_sums = nullptr;  // of this segment
   const auto write_tail = [&] {
     if (stats && segment >= 0 && threadIdx.x == 0) {
-      for (int i = 0; i < kTailSize; ++i) block_sums[i] += tail[i];
+      for (int i = 0; i < kTailSize; ++i) block_sums[f.tail_column() + i] += tail[i];
     }
   };
   const auto begin_segment = [&](int64_t next) {
@@ -682,11 +694,9 @@ __global__ void __launch_bounds__(kThreads, 2) topk_gating_block_kernel(const Fo
     for (compute_t& value : tail) value = 0;
     const int64_t part = blockIdx.x * f.segments + segment;
     block_sums = f.block_sums + part * width;
-    const bool is_written = f.written != nullptr && f.written[part];
-    __syncthreads();
-    if (is_written) return;
+    if (__syncthreads_or(threadIdx.x == 0 && f.was_written(segment))) return;
     for (int64_t i = threadIdx.x; i < width; i += blockDim.x) block_sums[i] = 0;
-    if (f.written != nullptr && threadIdx.x == 0) f.written[part] = true;
+    if (f.written != nullptr && threadIdx.x == 0) f.written_here(segment) = true;
     __syncthreads();
   };
 
@@ -737,7 +747,7 @@ __global__ void __launch_bounds__(kThreads, 2) topk_gating_block_kernel(const Fo
           }
           lse = peak + std::log(block_reduce(sum_of_x, Sum{}));
         }
-        compute_t* prob_sum = block_sums + kTailSize;
+        compute_t* prob_sum = block_sums + RoutingSums::prob;
         for (int e = threadIdx.x; e < f.experts; e += blockDim.x) {
           prob_sum[e] += token_weight * std::exp(log_score_of(e) - shift) * inverse_sum;
         }
@@ -816,7 +826,7 @@ __global__ void __launch_bounds__(kThreads, 2) topk_gating_block_kernel(const Fo
       weights[k] = f.weight_of(weights[k], shift) * scale;
       atomicAdd(&f.counts[segment * f.experts + indices[k]], 1ull);
       if (stats && f.token_weights != nullptr) {  // no other slot of this row
-        block_sums[kTailSize + f.experts + indices[k]] += token_weight;
+        block_sums[RoutingSums::load(f.experts) + indices[k]] += token_weight;
       }
     }
     __syncthreads();  // before another thread adds to the same load
@@ -831,7 +841,7 @@ template <typename scalar_t>
 void forward(const TopKGatingArguments& arguments, const TopKGatingOutputs& outputs) {
   using compute_t = compute_type<scalar_t>;
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  Forward<scalar_t> f{make_rows<scalar_t>(arguments, arguments.top_k, arguments.num_segments)};
+  Forward<scalar_t> f{make_rows<scalar_t>(arguments, arguments.top_k)};
   f.forced_indices = pointer_or_null<int64_t>(arguments.forced_indices);
   const bool selects = f.forced_indices == nullptr;
   f.expert_bias = selects ? pointer_or_null<compute_t>(arguments.expert_bias) : nullptr;
@@ -866,13 +876,16 @@ void forward(const TopKGatingArguments& arguments, const TopKGatingOutputs& outp
     blocks = ceil_div(f.tokens, f.block_rows);
   }
 
-  const auto whole_pieces = [](int64_t bytes) { return 16 * ceil_div(bytes, 16); };
-  const int64_t tickets_bytes = whole_pieces(kTickets * sizeof(unsigned));
-  const int64_t counts_bytes = whole_pieces(f.segments * f.experts * sizeof(unsigned long long));
+  const auto whole_sectors = [](int64_t bytes) {
+    return kSectorBytes * ceil_div(bytes, kSectorBytes);
+  };
+  const int64_t tickets_bytes = whole_sectors(kTickets * sizeof(unsigned));
+  const int64_t counts_bytes = whole_sectors(f.segments * f.experts * sizeof(unsigned long long));
   const bool has_parts = f.segment_ids != nullptr && arguments.stats;
-  const int64_t written_bytes = has_parts ? whole_pieces(blocks * f.segments) : 0;
+  const int64_t written_bytes = has_parts ? whole_sectors(blocks * f.segments) : 0;
   const int64_t zero_bytes = tickets_bytes + counts_bytes + written_bytes;
-  const int64_t sums_bytes = whole_pieces(blocks * f.segments * f.sums_width() * sizeof(compute_t));
+  const int64_t sums_bytes =
+      whole_sectors(blocks * f.segments * f.sums_width() * sizeof(compute_t));
   const int64_t groups_bytes =
       fits_team(f) || f.num_groups == 1 ? 0 : blocks * 2 * f.num_groups * sizeof(compute_t);
   const auto workspace = at::empty({zero_bytes + sums_bytes + groups_bytes},

@@ -199,7 +199,7 @@ __device__ void load_logits(const Rows<scalar_t>& r, int64_t token, int first_ex
 // ---- host --------------------------------------------------------------------------------------
 
 template <typename scalar_t, typename Arguments>
-Rows<scalar_t> make_rows(const Arguments& arguments, int64_t top_k, int64_t segments) {
+Rows<scalar_t> make_rows(const Arguments& arguments, int64_t top_k) {
   using compute_t = compute_type<scalar_t>;
   const auto& mask = arguments.token_mask;
   const bool is_bool = mask.has_value() && mask->scalar_type() == at::kBool;
@@ -215,7 +215,7 @@ Rows<scalar_t> make_rows(const Arguments& arguments, int64_t top_k, int64_t segm
   rows.token_mask = is_bool ? mask->template const_data_ptr<bool>() : nullptr;
   rows.token_weights = is_bool ? nullptr : pointer_or_null<compute_t>(mask);
   rows.segment_ids = pointer_or_null<int64_t>(arguments.segment_ids);
-  rows.segments = segments;
+  rows.segments = arguments.num_segments;
   rows.tokens = arguments.logits.size(0);
   rows.experts = static_cast<int>(arguments.logits.size(1));
   rows.top_k = static_cast<int>(top_k);

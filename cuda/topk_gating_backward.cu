@@ -401,12 +401,7 @@ template <typename scalar_t>
 void backward(const TopKGatingBackwardArguments& arguments, const at::Tensor& grad_logits) {
   using compute_t = compute_type<scalar_t>;
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  // How many segments there are is known, and matters, only with gradients of their sums.
-  const int64_t segments =
-      arguments.grad_sums.has_value()
-          ? arguments.grad_sums->numel() / RoutingSums::width(arguments.logits.size(1))
-          : std::numeric_limits<int64_t>::max();
-  Backward<scalar_t> b{make_rows<scalar_t>(arguments, arguments.topk_indices.size(1), segments)};
+  Backward<scalar_t> b{make_rows<scalar_t>(arguments, arguments.topk_indices.size(1))};
   b.topk_indices = arguments.topk_indices.const_data_ptr<int64_t>();
   b.lse = pointer_or_null<compute_t>(arguments.lse);
   b.grad_weights = pointer_or_null<compute_t>(arguments.grad_weights);

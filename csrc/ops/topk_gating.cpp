@@ -67,7 +67,8 @@ TORCH_LIBRARY_FRAGMENT(equipoise, m) {
       "topk_gating_backward(Tensor? grad_weights, Tensor? grad_lse, Tensor? grad_sums, "
       "Tensor logits, Tensor topk_indices, Tensor? lse, str score_function, "
       "bool norm_topk_prob, float scaling_factor, Tensor? token_mask=None, "
-      "Tensor? segment_ids=None, Tensor? noise=None) -> Tensor grad_logits",
+      "Tensor? segment_ids=None, SymInt? num_segments=None, Tensor? noise=None) -> "
+      "Tensor grad_logits",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -106,7 +107,7 @@ using BackwardSignature = Tensor(const OptionalTensor&, const OptionalTensor&,
                                  const OptionalTensor&, const Tensor&, const Tensor&,
                                  const OptionalTensor&, std::string_view, bool, double,
                                  const OptionalTensor&, const OptionalTensor&,
-                                 const OptionalTensor&);
+                                 std::optional<c10::SymInt>, const OptionalTensor&);
 
 /// The arguments of topk_gating_backward behind `grad_weights`, in the order of its schema.
 struct BackwardParameters {
@@ -120,6 +121,7 @@ struct BackwardParameters {
   double scaling_factor;
   OptionalTensor token_mask;
   OptionalTensor segment_ids;
+  std::optional<c10::SymInt> num_segments;
   OptionalTensor noise;
 };
 
@@ -127,7 +129,7 @@ Tensor call_backward_op(const OptionalTensor& grad_weights, const BackwardParame
   static const auto op = find_op<BackwardSignature>("topk_gating_backward");
   return op.call(grad_weights, p.grad_lse, p.grad_sums, p.logits, p.topk_indices, p.lse,
                  p.score_function, p.norm_topk_prob, p.scaling_factor, p.token_mask, p.segment_ids,
-                 p.noise);
+                 p.num_segments, p.noise);
 }
 
 // ---- checks and shapes, shared by Meta, CPU and CUDA --------------------------------------------
@@ -180,11 +182,16 @@ void check_token_mask(const char* op, const Tensor& logits, const Tensor& mask) 
               "of logits without its last");
 }
 
-void check_segment_ids(const char* op, const Tensor& logits, const Tensor& segment_ids) {
-  check_device(op, "segment_ids", segment_ids, "logits", logits);
-  check_dtype(op, "segment_ids", segment_ids, at::kLong);
-  check_sizes(op, "segment_ids", segment_ids, logits.sym_sizes().slice(0, logits.dim() - 1),
+void check_segments(const char* op, const Tensor& logits, const OptionalTensor& segment_ids,
+                    const std::optional<c10::SymInt>& num_segments) {
+  TORCH_CHECK(num_segments || !segment_ids, op, ": segment_ids needs num_segments");
+  TORCH_CHECK(segment_ids || !num_segments, op, ": num_segments needs segment_ids");
+  if (!segment_ids) return;
+  check_device(op, "segment_ids", *segment_ids, "logits", logits);
+  check_dtype(op, "segment_ids", *segment_ids, at::kLong);
+  check_sizes(op, "segment_ids", *segment_ids, logits.sym_sizes().slice(0, logits.dim() - 1),
               "of logits without its last");
+  TORCH_CHECK(*num_segments >= 1, op, ": num_segments must be >= 1, got ", *num_segments);
 }
 
 void check_noise(const char* op, const Tensor& logits, const Tensor& noise) {
@@ -213,12 +220,7 @@ void check(const Tensor& logits, const Parameters& p) {
   }
   check_groups(num_experts, p);
   if (p.token_mask) check_token_mask(kOp, logits, *p.token_mask);
-  TORCH_CHECK(p.num_segments || !p.segment_ids, kOp, ": segment_ids needs num_segments");
-  TORCH_CHECK(p.segment_ids || !p.num_segments, kOp, ": num_segments needs segment_ids");
-  if (p.segment_ids) {
-    check_segment_ids(kOp, logits, *p.segment_ids);
-    TORCH_CHECK(*p.num_segments >= 1, kOp, ": num_segments must be >= 1, got ", *p.num_segments);
-  }
+  check_segments(kOp, logits, p.segment_ids, p.num_segments);
   if (p.noise) check_noise(kOp, logits, *p.noise);
   if (p.forced_indices) {
     check_device(kOp, "forced_indices", *p.forced_indices, "logits", logits);
@@ -280,6 +282,10 @@ OptionalTensor flat(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(tensor->reshape({-1}).contiguous()) : std::nullopt;
 }
 
+int64_t known_segments(const std::optional<c10::SymInt>& num_segments) {
+  return num_segments ? num_segments->guard_int(__FILE__, __LINE__) : 1;
+}
+
 /// A mask as the kernels take it: bool, or weights of the compute type; contiguous.
 OptionalTensor as_token_weights(const OptionalTensor& mask, at::ScalarType compute) {
   return !mask || mask->scalar_type() == at::kBool ? flat(mask) : flat(mask->to(compute));
@@ -304,8 +310,8 @@ Results topk_gating_run(const Tensor& logits, const Parameters& p) {
        p.expert_bias ? OptionalTensor(p.expert_bias->to(compute).contiguous()) : std::nullopt,
        limited ? p.num_groups : 1, limited ? *p.group_topk : 1, parse_group_score(p.group_score),
        p.forced_indices ? OptionalTensor(as_rows(*p.forced_indices).contiguous()) : std::nullopt,
-       as_token_weights(p.token_mask, compute), flat(p.segment_ids),
-       p.num_segments ? p.num_segments->guard_int(__FILE__, __LINE__) : 1, p.stats},
+       as_token_weights(p.token_mask, compute), flat(p.segment_ids), known_segments(p.num_segments),
+       p.stats},
       {weights, indices, counts, lse.value_or(Tensor()), sums.value_or(Tensor())});
   return results;
 }
@@ -334,13 +340,9 @@ void check_backward(const OptionalTensor& grad_weights, const BackwardParameters
   if (p.token_mask) check_token_mask(op, logits, *p.token_mask);
   if (p.noise) check_noise(op, logits, *p.noise);
   const auto width = 2 * logits.sym_size(-1) + RoutingSums::kTail;
-  if (p.segment_ids) {
-    check_segment_ids(op, logits, *p.segment_ids);
-    if (!p.grad_sums) return;
-    TORCH_CHECK(p.grad_sums->dim() == 2, op,
-                ": grad_sums must have shape [S, 2 E + 5] with segment_ids, got ",
-                p.grad_sums->sym_sizes());
-    check_optional("grad_sums", p.grad_sums, {p.grad_sums->sym_size(0), width}, "[S, 2 E + 5]");
+  check_segments(op, logits, p.segment_ids, p.num_segments);
+  if (p.num_segments) {
+    check_optional("grad_sums", p.grad_sums, {*p.num_segments, width}, "[S, 2 E + 5]");
   } else {
     check_optional("grad_sums", p.grad_sums, {width}, "[2 E + 5]");
   }
@@ -361,8 +363,8 @@ Tensor topk_gating_backward_run(const OptionalTensor& grad_weights, const Backwa
        as_rows(p.noise), as_rows(p.topk_indices).contiguous(), contiguous(p.lse),
        parse_score_function("topk_gating_backward", p.score_function, p.norm_topk_prob),
        p.norm_topk_prob, p.scaling_factor,
-       as_token_weights(p.token_mask, accumulate_type(p.logits.scalar_type())),
-       flat(p.segment_ids)},
+       as_token_weights(p.token_mask, accumulate_type(p.logits.scalar_type())), flat(p.segment_ids),
+       known_segments(p.num_segments)},
       as_rows(grad_logits));
   return grad_logits;
 }
@@ -534,8 +536,7 @@ void topk_gating_backward_cpu(const TopKGatingBackwardArguments& arguments,
                               const Tensor& grad_logits) {
   const int64_t num_tokens = arguments.logits.size(0), num_experts = arguments.logits.size(1);
   const int64_t grain = std::max<int64_t>(1, kSerialLogits / num_experts);
-  const auto& grad_sums = arguments.grad_sums;
-  if (grad_sums) check_segment_values(arguments.segment_ids, grad_sums->size(0));
+  check_segment_values(arguments.segment_ids, arguments.num_segments);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, arguments.logits.scalar_type(), kOp, [&] {
         using T = cpu::compute_t<scalar_t>;
@@ -572,6 +573,7 @@ struct TopKGating : torch::autograd::Function<TopKGating> {
     };
     ctx->save_for_backward({logits, indices, lse.value_or(Tensor()), saved(p.token_mask),
                             saved(p.segment_ids), noise.value_or(Tensor())});
+    if (p.num_segments) ctx->saved_data["num_segments"] = *p.num_segments;
     ctx->saved_data["score_function"] = std::string(p.score_function);
     ctx->saved_data["norm_topk_prob"] = p.norm_topk_prob;
     ctx->saved_data["scaling_factor"] = p.scaling_factor;
@@ -587,12 +589,14 @@ struct TopKGating : torch::autograd::Function<TopKGating> {
     const auto grad_sums = grads.size() > 3 ? if_defined(grads[4]) : std::nullopt;
     if (!grad_weights && !grad_lse && !grad_sums) return {Tensor(), Tensor(), Tensor()};
     const auto saved = ctx->get_saved_variables();
+    std::optional<c10::SymInt> num_segments;
+    if (saved[4].defined()) num_segments = ctx->saved_data["num_segments"].toSymInt();
     const auto grad = call_backward_op(
         grad_weights,
         {grad_lse, grad_sums, saved[0], saved[1], if_defined(saved[2]),
          ctx->saved_data["score_function"].toStringRef(),
          ctx->saved_data["norm_topk_prob"].toBool(), ctx->saved_data["scaling_factor"].toDouble(),
-         if_defined(saved[3]), if_defined(saved[4]), if_defined(saved[5])});
+         if_defined(saved[3]), if_defined(saved[4]), num_segments, if_defined(saved[5])});
     return {grad, saved[5].defined() ? grad : Tensor(), Tensor()};
   }
 };
@@ -631,6 +635,11 @@ Tensor topk_gating_backward_composite(const OptionalTensor& grad_weights,
   const auto absent = wide.isnan().logical_or(wide == negative_infinity);
   auto row_counts = absent.logical_not().any(-1, /*keepdim=*/true);
   if (p.token_mask) row_counts = row_counts.logical_and(p.token_mask->unsqueeze(-1) > 0);
+  Tensor segment_ids;  // a bad one masks its token
+  if (p.segment_ids) {
+    segment_ids = p.segment_ids->clamp_min(0).clamp_max(*p.num_segments - 1);
+    row_counts = row_counts.logical_and((segment_ids == *p.segment_ids).unsqueeze(-1));
+  }
   // A masked row gets finite numbers and is zeroed at the end.
   const auto left_out = absent.logical_and(row_counts);
   const auto finite = wide.masked_fill(absent, 0).clamp_max(1e18);
@@ -665,7 +674,7 @@ Tensor topk_gating_backward_composite(const OptionalTensor& grad_weights,
     if (p.segment_ids) {
       c10::SymDimVector sizes(p.logits.sym_sizes().begin(), p.logits.sym_sizes().end());
       sizes.back() = grad_sums.sym_size(1);
-      grad_sums = grad_sums.index_select(0, p.segment_ids->reshape(-1)).view_symint(sizes);
+      grad_sums = grad_sums.index_select(0, segment_ids.reshape(-1)).view_symint(sizes);
     }
     const auto a = grad_sums.narrow_symint(-1, 0, num_experts);
     // RoutingSums::lse_squared and RoutingSums::entropy, with symbolic sizes.

@@ -56,6 +56,7 @@ struct TopKGatingBackwardArguments {
   double scaling_factor;
   std::optional<at::Tensor> token_mask;   ///< [T], bool or compute type, contiguous
   std::optional<at::Tensor> segment_ids;  ///< [T] int64, contiguous; on CUDA any values
+  int64_t num_segments;                   ///< S, 1 without segment_ids
 };
 
 }  // namespace equipoise

@@ -20,7 +20,6 @@ from traffic import EXPERTS, MINIMUM, SEGMENTS, SIZES, TOP_K, WIDTH, Interpreter
 
 DOCUMENT = ROOT / "docs/kernels.md"
 MOST_TRAFFIC = 1.15
-MOST_TRAFFIC_OF_SEGMENTS = 1.35  # which part of a block has which segment is looked up again
 
 # Kernels that must load and store 16 bytes at once: (load, store).
 HOT = {
@@ -142,8 +141,7 @@ def traffic_text(interpreter: Interpreter, ptx_log: Path, faults: list[str]) -> 
             least = minimum(tokens)
             kernels = interpreter.traffic(op, tokens)
             moved = sum(sectors for sectors, *_ in kernels.values())
-            most = MOST_TRAFFIC_OF_SEGMENTS if "segments" in op else MOST_TRAFFIC
-            if moved > most * least or not kernels:
+            if moved > MOST_TRAFFIC * least or not kernels:
                 faults.append(f"{op}, T = {tokens}: {moved} sectors, at least {least:.0f}")
             if op.startswith("topk_gating") and len(kernels) != 1:
                 faults.append(f"{op}, T = {tokens}: {len(kernels)} launches, not one")
@@ -161,10 +159,9 @@ def traffic_text(interpreter: Interpreter, ptx_log: Path, faults: list[str]) -> 
 Per token, E = {EXPERTS}, K = {TOP_K}, H = {WIDTH}, bfloat16; {SEGMENTS} segments, one after the
 other. Sectors of 32 bytes of global memory, as the instructions of each warp touch them (no cache
 is assumed). The least is inputs and outputs once, for the gating also one partial [E] of each block
-(64 sectors at E = 128: its counts, and its sums written and read). A ratio above {MOST_TRAFFIC}
-(segments: {MOST_TRAFFIC_OF_SEGMENTS}) is an error, and so is more than one launch of the gating in
-either direction. Then passes of shared memory, and how many there would be if no two lanes met in a
-bank.
+(64 sectors at E = 128: its counts, and its sums written and read). A ratio above {MOST_TRAFFIC} is
+an error, and so is more than one launch of the gating in either direction. Then passes of shared
+memory, and how many there would be if no two lanes met in a bank.
 
 {table(head, rows)}
 ## Not executed

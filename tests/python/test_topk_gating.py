@@ -657,11 +657,9 @@ def test_opcheck_backward(score_function, norm):
     if score_function != "softmax":
         optional["token_mask"] = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0])
         optional["segment_ids"] = torch.tensor([0, 1, 2, 2, 0])
+        optional["num_segments"] = 3
         optional["noise"] = make_logits(5, 6, seed=1)
-    segments = dict(num_segments=3) if optional else {}
-    weights, indices, _, lse, sums = ops.topk_gating(
-        logits, 2, score_function, norm, **optional, **segments
-    )
+    weights, indices, _, lse, sums = ops.topk_gating(logits, 2, score_function, norm, **optional)
     arguments = (
         torch.randn_like(weights),
         torch.randn_like(lse),
@@ -888,6 +886,18 @@ print([round(v, 4) for r in (*results[:2], *results[3:6]) for v in r.sums.tolist
     sums = [torch.tensor(eval(output[output.rindex("[") :])) for output in outputs]
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-4, atol=2e-4)
     torch.testing.assert_close(sums[0], sums[2], rtol=1e-4, atol=2e-4)
+
+
+def test_bad_segment_masks_in_the_differentiable_backward():
+    """As it does in the kernels on CUDA; those on the CPU refuse it."""
+    logits = make_logits(3, 4).requires_grad_()
+    ids, mask = torch.tensor([1, 2, -1]), torch.tensor([True, False, False])
+    routing = F.topk_gating(logits, 2, token_mask=mask)
+    fixed = (torch.ones(3, 2), torch.ones(3), torch.ones(2, 13), logits, routing.topk_indices)
+    fixed += (routing.lse.detach(), "softmax", False, 1.0)
+    got = ops.topk_gating_backward(*fixed, segment_ids=ids, num_segments=2)
+    want = ops.topk_gating_backward(*fixed, mask, segment_ids=ids.clamp(0, 1), num_segments=2)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ MUTANTS = [
     Mutant(
         "sums of a segment that the first block does not meet are lost",
         "block.cuh",
-        "      if (lane == 0) flags[part] = true;\n",
+        "      if (lane == 0) flags[0] = true;\n",
         "",
         "topk_gating",
     ),
