@@ -467,6 +467,23 @@ BlockPlan plan_blocks(int64_t num_tokens, int64_t num_experts, const OptionalTen
   return plan.first_row.back() * RoutingSums::width(num_experts) > kMaxPartials ? serial : plan;
 }
 
+/// What a kernel works in, of one thread: on the stack for up to 256 experts, because a call
+/// with one token would notice the heap.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t num_experts) {
+    const int64_t size = cpu::topk_gating_scratch(num_experts);
+    if (size > kOnStack) on_heap_.reset(new T[size]);
+  }
+  T* get() { return on_heap_ ? on_heap_.get() : on_stack_; }
+
+ private:
+  static constexpr int64_t kOnStack = cpu::topk_gating_scratch(256);
+  alignas(64) T on_stack_[kOnStack];
+  std::unique_ptr<T[]> on_heap_;
+};
+
 void topk_gating_cpu(const TopKGatingArguments& arguments, const TopKGatingOutputs& outputs) {
   const int64_t num_tokens = arguments.logits.size(0), num_experts = arguments.logits.size(1);
   const int64_t num_segments = arguments.num_segments;
@@ -490,11 +507,10 @@ void topk_gating_cpu(const TopKGatingArguments& arguments, const TopKGatingOutpu
         int64_t* const counts = outputs.tokens_per_expert.mutable_data_ptr<int64_t>();
         T* const sums = arguments.stats ? outputs.sums.mutable_data_ptr<T>() : nullptr;
         const int64_t width = arguments.stats ? RoutingSums::width(num_experts) : 0;
-        const int64_t scratch_size = cpu::topk_gating_scratch(num_experts);
         std::fill_n(counts, num_segments * num_experts, 0);
         if (plan.num_blocks == 1) {
           std::fill_n(sums, num_segments * width, T(0));
-          const std::unique_ptr<T[]> scratch(new T[scratch_size]);
+          Scratch<T> scratch(num_experts);
           const cpu::TopKGatingTotals<T> totals{counts, sums, 0, num_segments};
           EQUIPOISE_CALL_CPU_KERNEL(topk_gating_rows<scalar_t>, rows, 0, num_tokens, totals,
                                     scratch.get());
@@ -505,7 +521,7 @@ void topk_gating_cpu(const TopKGatingArguments& arguments, const TopKGatingOutpu
         std::vector<int64_t> block_counts(num_rows * num_experts);
         std::vector<T> block_sums(num_rows * width);
         at::parallel_for(0, plan.num_blocks, 1, [&](int64_t begin, int64_t end) {
-          const std::unique_ptr<T[]> scratch(new T[scratch_size]);
+          Scratch<T> scratch(num_experts);
           for (int64_t b = begin; b < end; ++b) {
             const int64_t first_token = b * plan.tokens_per_block, row = plan.first_row[b];
             const cpu::TopKGatingTotals<T> totals{
@@ -549,7 +565,7 @@ void topk_gating_backward_cpu(const TopKGatingBackwardArguments& arguments,
             arguments.topk_indices.const_data_ptr<int64_t>(),
             grad_logits.mutable_data_ptr<scalar_t>()};
         at::parallel_for(0, num_tokens, grain, [&](int64_t begin, int64_t end) {
-          const std::unique_ptr<T[]> scratch(new T[cpu::topk_gating_scratch(num_experts)]);
+          Scratch<T> scratch(num_experts);
           EQUIPOISE_CALL_CPU_KERNEL(topk_gating_backward_rows<scalar_t>, rows, begin, end,
                                     scratch.get());
         });
