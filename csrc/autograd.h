@@ -6,6 +6,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include <optional>
+#include <utility>
 
 namespace equipoise {
 
@@ -24,9 +25,9 @@ bool differentiating(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (... || requires_grad(tensors));
 }
 
-/// An undefined tensor, as autograd hands over absent gradients, as an absent optional.
-inline std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+/// An undefined tensor, such as an absent gradient, as an absent optional.
+inline std::optional<at::Tensor> if_defined(at::Tensor tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(std::move(tensor)) : std::nullopt;
 }
 
 }  // namespace equipoise

@@ -72,21 +72,21 @@ TORCH_LIBRARY_FRAGMENT(equipoise, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-/// The arguments of the schema behind `logits`, in its order.
+/// The arguments of the schema behind `logits`, in its order; refers to the caller's.
 struct Parameters {
   int64_t top_k;
   std::string_view score_function;
   bool norm_topk_prob;
   double scaling_factor;
-  OptionalTensor expert_bias;
+  const OptionalTensor& expert_bias;
   int64_t num_groups;
   std::optional<int64_t> group_topk;
   std::string_view group_score;
-  OptionalTensor token_mask;
-  OptionalTensor segment_ids;
-  std::optional<c10::SymInt> num_segments;
-  OptionalTensor noise;
-  OptionalTensor forced_indices;
+  const OptionalTensor& token_mask;
+  const OptionalTensor& segment_ids;
+  const std::optional<c10::SymInt>& num_segments;
+  const OptionalTensor& noise;
+  const OptionalTensor& forced_indices;
   bool stats;
 };
 
@@ -109,20 +109,21 @@ using BackwardSignature = Tensor(const OptionalTensor&, const OptionalTensor&,
                                  const OptionalTensor&, const OptionalTensor&,
                                  std::optional<c10::SymInt>, const OptionalTensor&);
 
-/// The arguments of topk_gating_backward behind `grad_weights`, in the order of its schema.
+/// The arguments of topk_gating_backward behind `grad_weights`, in the order of its schema; refers
+/// to the caller's.
 struct BackwardParameters {
-  OptionalTensor grad_lse;
-  OptionalTensor grad_sums;
-  Tensor logits;
-  Tensor topk_indices;
-  OptionalTensor lse;
+  const OptionalTensor& grad_lse;
+  const OptionalTensor& grad_sums;
+  const Tensor& logits;
+  const Tensor& topk_indices;
+  const OptionalTensor& lse;
   std::string_view score_function;
   bool norm_topk_prob;
   double scaling_factor;
-  OptionalTensor token_mask;
-  OptionalTensor segment_ids;
-  std::optional<c10::SymInt> num_segments;
-  OptionalTensor noise;
+  const OptionalTensor& token_mask;
+  const OptionalTensor& segment_ids;
+  const std::optional<c10::SymInt>& num_segments;
+  const OptionalTensor& noise;
 };
 
 Tensor call_backward_op(const OptionalTensor& grad_weights, const BackwardParameters& p) {
@@ -231,38 +232,41 @@ void check(const Tensor& logits, const Parameters& p) {
   }
 }
 
-/// at::empty; on the CPU without the dispatcher.
-Tensor new_empty(c10::SymIntArrayRef sizes, const at::TensorOptions& options) {
-  if (options.device().is_cpu()) {
+/// Not filled, on the device of `like`; on the CPU without the dispatcher.
+Tensor new_empty(c10::SymIntArrayRef sizes, at::ScalarType type, const Tensor& like) {
+  if (like.is_cpu()) {
     if (const auto known = c10::asIntArrayRefSlowOpt(sizes))
-      return at::detail::empty_cpu(*known, options);
+      return at::detail::empty_cpu(*known, type);
   }
-  return at::empty_symint(sizes, options);
+  return at::empty_symint(sizes, like.options().dtype(type));
 }
 
 /// Without stats lse and sums are absent: each output makes a one-token call longer.
-Results allocate(const Tensor& logits, const Parameters& p) {
+TopKGatingOutputs allocate(const Tensor& logits, const Parameters& p) {
   const auto num_experts = logits.sym_size(-1);
-  const auto compute = logits.options().dtype(accumulate_type(logits.scalar_type()));
-  const auto integer = logits.options().dtype(at::kLong);
+  const auto compute = accumulate_type(logits.scalar_type());
   c10::SymDimVector sizes(logits.sym_sizes().begin(), logits.sym_sizes().end());
   sizes.back() = p.top_k;
-  const auto weights = new_empty(sizes, compute);
-  const auto indices = new_empty(sizes, integer);
-  sizes.pop_back();
-  const auto per_segment = [&](const c10::SymInt& width, const at::TensorOptions& options) {
-    return p.num_segments ? new_empty({*p.num_segments, width}, options)
-                          : new_empty({width}, options);
+  const auto leading = c10::SymIntArrayRef(sizes).slice(0, sizes.size() - 1);
+  const auto per_segment = [&](const c10::SymInt& width, at::ScalarType type) {
+    return p.num_segments ? new_empty({*p.num_segments, width}, type, logits)
+                          : new_empty({width}, type, logits);
   };
-  const auto counts = per_segment(num_experts, integer);
-  if (!p.stats) return {weights, indices, counts, std::nullopt, std::nullopt};
-  return {weights, indices, counts, new_empty(sizes, compute),
-          per_segment(2 * num_experts + RoutingSums::kTail, compute)};
+  return {new_empty(sizes, compute, logits), new_empty(sizes, at::kLong, logits),
+          per_segment(num_experts, at::kLong),
+          p.stats ? new_empty(leading, compute, logits) : Tensor(),
+          p.stats ? per_segment(2 * num_experts + RoutingSums::kTail, compute) : Tensor()};
+}
+
+Results as_results(TopKGatingOutputs outputs) {
+  return {std::move(outputs.topk_weights), std::move(outputs.topk_indices),
+          std::move(outputs.tokens_per_expert), if_defined(std::move(outputs.lse)),
+          if_defined(std::move(outputs.sums))};
 }
 
 Results topk_gating_meta(const Tensor& logits, const Parameters& p) {
   check(logits, p);
-  return allocate(logits, p);
+  return as_results(allocate(logits, p));
 }
 
 /// [..., last] as [T, last] with inner stride 1, without a copy where the layout allows it.
@@ -294,12 +298,11 @@ OptionalTensor as_token_weights(const OptionalTensor& mask, at::ScalarType compu
 template <void (*backend)(const TopKGatingArguments&, const TopKGatingOutputs&)>
 Results topk_gating_run(const Tensor& logits, const Parameters& p) {
   check(logits, p);
-  const auto results = allocate(logits, p);
-  const auto& [weights, indices, counts, lse, sums] = results;
+  auto outputs = allocate(logits, p);
   if (logits.numel() == 0) {
-    counts.zero_();
-    if (sums) sums->zero_();
-    return results;
+    outputs.tokens_per_expert.zero_();
+    if (p.stats) outputs.sums.zero_();
+    return as_results(std::move(outputs));
   }
   const auto compute = accumulate_type(logits.scalar_type());
   const bool limited = p.group_topk && *p.group_topk < p.num_groups;
@@ -312,8 +315,8 @@ Results topk_gating_run(const Tensor& logits, const Parameters& p) {
        p.forced_indices ? OptionalTensor(as_rows(*p.forced_indices).contiguous()) : std::nullopt,
        as_token_weights(p.token_mask, compute), flat(p.segment_ids), known_segments(p.num_segments),
        p.stats},
-      {weights, indices, counts, lse.value_or(Tensor()), sums.value_or(Tensor())});
-  return results;
+      outputs);
+  return as_results(std::move(outputs));
 }
 
 void check_backward(const OptionalTensor& grad_weights, const BackwardParameters& p) {
@@ -351,7 +354,7 @@ void check_backward(const OptionalTensor& grad_weights, const BackwardParameters
 Tensor topk_gating_backward_meta(const OptionalTensor& grad_weights, const BackwardParameters& p) {
   check_backward(grad_weights, p);
   parse_score_function("topk_gating_backward", p.score_function, p.norm_topk_prob);
-  return new_empty(p.logits.sym_sizes(), p.logits.options());
+  return new_empty(p.logits.sym_sizes(), p.logits.scalar_type(), p.logits);
 }
 
 template <void (*backend)(const TopKGatingBackwardArguments&, const Tensor&)>
