@@ -21,6 +21,7 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -580,44 +581,48 @@ void topk_gating_backward_cpu(const TopKGatingBackwardArguments& arguments,
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+/// Only results that have a gradient pass through, because each costs time; `results` receives all.
 struct TopKGating : torch::autograd::Function<TopKGating> {
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext* ctx, const Tensor& logits,
-                               const OptionalTensor& noise, const Parameters& p) {
+                               const OptionalTensor& noise, const Parameters& p, Results& results) {
     at::AutoDispatchBelowADInplaceOrView below;
-    const auto [weights, indices, counts, lse, sums] = call_op(logits, p);
-    const auto saved = [](const OptionalTensor& tensor) {
+    results = call_op(logits, p);
+    const auto& [weights, indices, counts, lse, sums] = results;
+    const auto detached = [](const OptionalTensor& tensor) {
       return tensor ? tensor->detach() : Tensor();
     };
-    ctx->save_for_backward({logits, indices, lse.value_or(Tensor()), saved(p.token_mask),
-                            saved(p.segment_ids), noise.value_or(Tensor())});
+    ctx->save_for_backward({logits, indices, lse.value_or(Tensor()), detached(p.token_mask),
+                            detached(p.segment_ids), noise.value_or(Tensor())});
+    ctx->saved_data["parameters"] =
+        SavedParameters(p.score_function, p.norm_topk_prob, p.scaling_factor);
     if (p.num_segments) ctx->saved_data["num_segments"] = *p.num_segments;
-    ctx->saved_data["score_function"] = std::string(p.score_function);
-    ctx->saved_data["norm_topk_prob"] = p.norm_topk_prob;
-    ctx->saved_data["scaling_factor"] = p.scaling_factor;
     ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({indices, counts});
-    if (!p.stats) return {weights, indices, counts};
-    return {weights, indices, counts, *lse, *sums};
+    if (!p.stats) return {weights};
+    return {weights, *lse, *sums};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto grad_weights = if_defined(grads[0]);
-    const auto grad_lse = grads.size() > 3 ? if_defined(grads[3]) : std::nullopt;
-    const auto grad_sums = grads.size() > 3 ? if_defined(grads[4]) : std::nullopt;
-    if (!grad_weights && !grad_lse && !grad_sums) return {Tensor(), Tensor(), Tensor()};
+    const auto grad_lse = grads.size() > 1 ? if_defined(grads[1]) : std::nullopt;
+    const auto grad_sums = grads.size() > 1 ? if_defined(grads[2]) : std::nullopt;
+    if (!grad_weights && !grad_lse && !grad_sums) return {Tensor(), Tensor(), Tensor(), Tensor()};
     const auto saved = ctx->get_saved_variables();
+    const auto [score_function, norm_topk_prob, scaling_factor] =
+        ctx->saved_data["parameters"].to<SavedParameters>();
     std::optional<c10::SymInt> num_segments;
     if (saved[4].defined()) num_segments = ctx->saved_data["num_segments"].toSymInt();
     const auto grad = call_backward_op(
-        grad_weights,
-        {grad_lse, grad_sums, saved[0], saved[1], if_defined(saved[2]),
-         ctx->saved_data["score_function"].toStringRef(),
-         ctx->saved_data["norm_topk_prob"].toBool(), ctx->saved_data["scaling_factor"].toDouble(),
-         if_defined(saved[3]), if_defined(saved[4]), num_segments, if_defined(saved[5])});
-    return {grad, saved[5].defined() ? grad : Tensor(), Tensor()};
+        grad_weights, {grad_lse, grad_sums, saved[0], saved[1], if_defined(saved[2]),
+                       score_function, norm_topk_prob, scaling_factor, if_defined(saved[3]),
+                       if_defined(saved[4]), num_segments, if_defined(saved[5])});
+    return {grad, saved[5].defined() ? grad : Tensor(), Tensor(), Tensor()};
   }
+
+ private:
+  /// score_function, norm_topk_prob, scaling_factor
+  using SavedParameters = std::tuple<std::string, bool, double>;
 };
 
 Results topk_gating_autograd(const Tensor& logits, const Parameters& p) {
@@ -625,9 +630,15 @@ Results topk_gating_autograd(const Tensor& logits, const Parameters& p) {
     at::AutoDispatchBelowADInplaceOrView below;
     return call_op(logits, p);
   }
-  const auto results = TopKGating::apply(logits, p.noise, p);
-  if (!p.stats) return {results[0], results[1], results[2], std::nullopt, std::nullopt};
-  return {results[0], results[1], results[2], results[3], results[4]};
+  Results results;
+  const auto outputs = TopKGating::apply(logits, p.noise, p, results);
+  auto& [weights, indices, counts, lse, sums] = results;
+  weights = outputs[0];
+  if (p.stats) {
+    lse = outputs[1];
+    sums = outputs[2];
+  }
+  return results;
 }
 
 /// y = log s(x) of scores that are not the softmax of x, and phi = dy/dx; x is finite.
