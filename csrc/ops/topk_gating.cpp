@@ -587,8 +587,10 @@ struct TopKGating : torch::autograd::Function<TopKGating> {
 
   static variable_list forward(AutogradContext* ctx, const Tensor& logits,
                                const OptionalTensor& noise, const Parameters& p, Results& results) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    results = call_op(logits, p);
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      results = call_op(logits, p);
+    }
     const auto& [weights, indices, counts, lse, sums] = results;
     const auto detached = [](const OptionalTensor& tensor) {
       return tensor ? tensor->detach() : Tensor();
