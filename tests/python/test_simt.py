@@ -2,6 +2,8 @@
 """The harness that runs the CUDA sources on the CPU: it must see what is wrong, and only that."""
 
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,3 +154,11 @@ def test_same_bits_under_any_schedule(case, simt_ops):
         SIMT.seed(seed)
         for a, b in zip(run(case)[0], first, strict=True):
             assert torch.equal(a, b)
+
+
+def test_mutants_fit_the_sources():
+    """What tests/simt/mutants.py breaks must stand in the sources, once."""
+    root = Path(__file__).parents[2]
+    for mutant in runpy.run_path(str(root / "tests/simt/mutants.py"))["MUTANTS"]:
+        text = (root / "cuda" / mutant.file).read_text()
+        assert text.count(mutant.old) == 1, (mutant.file, mutant.old)

@@ -900,6 +900,39 @@ def test_bad_segment_masks_in_the_differentiable_backward():
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "changed", ["logits", "noise", "token_mask", "segment_ids", "indices", "lse"]
+)
+def test_gradient_notices_what_was_changed_in_place(changed):
+    """A gradient of other numbers than the result's would be wrong without a word."""
+    inputs = dict(
+        logits=make_logits(3, 4).requires_grad_() * 1,
+        noise=make_logits(3, 4, seed=1),
+        token_mask=torch.tensor([1.0, 0.0, 2.0]),
+        segment_ids=torch.tensor([0, 1, 0]),
+    )
+    routing = F.topk_gating(top_k=2, num_segments=2, **inputs)
+    results = dict(indices=routing.topk_indices, lse=routing.lse)
+    with torch.no_grad():
+        (inputs | results)[changed].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        routing.sums.sum().backward()
+
+
+@pytest.mark.parametrize("stats", [True, False])
+def test_compiled_autograd(stats):
+    def gradient(compiled):
+        logits = make_logits(5, 6).requires_grad_()
+        ids = torch.tensor([0, 1, 2, 2, 0])
+        routing = F.topk_gating(logits, 2, segment_ids=ids, num_segments=3, stats=stats)
+        loss = routing.topk_weights.square().sum() + (routing.lse.sum() if stats else 0)
+        with torch._dynamo.config.patch(compiled_autograd=compiled):
+            torch.compile(lambda: loss.backward(), backend="eager")()
+        return logits.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=0, atol=0)
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 INTEGERS = torch.zeros(2, dtype=torch.long)

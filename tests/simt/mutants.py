@@ -47,8 +47,8 @@ MUTANTS = [
     Mutant(
         "dropped barrier: the chosen are read before they are written",
         "topk_gating.cu",
-        "    __syncwarp();\n\n    write_chosen",
-        "\n    write_chosen",
+        "    __syncwarp();\n\n    if (kGeneral",
+        "\n    if (kGeneral",
         "topk_gating",
     ),
     Mutant(
@@ -126,6 +126,13 @@ MUTANTS = [
         "block.cuh",
         "      if (lane == 0) flags[0] = true;\n",
         "",
+        "topk_gating",
+    ),
+    Mutant(
+        "sums of a segment that no token has are not written",
+        "block.cuh",
+        "if (having == 0 && !last) continue;",
+        "if (having == 0) continue;",
         "topk_gating",
     ),
     Mutant(
