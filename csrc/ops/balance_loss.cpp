@@ -257,7 +257,7 @@ struct BalanceLoss : torch::autograd::Function<BalanceLoss> {
   static variable_list forward(AutogradContext* ctx, const Tensor& sums, const Parameters& p) {
     at::AutoDispatchBelowADInplaceOrView below;
     const auto [total, values] = call_op(sums, p);
-    ctx->save_for_backward({sums.detach(), p.coefficients.detach()});
+    ctx->save_for_backward({sums, p.coefficients});
     ctx->saved_data["kinds"] = kinds_of(sums, p);
     ctx->saved_data["top_k"] = p.top_k;
     ctx->set_materialize_grads(false);

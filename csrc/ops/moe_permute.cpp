@@ -214,41 +214,46 @@ void index_cuda(const Tensor& indices, const OptionalTensor& /*tokens_per_expert
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+/// Only results that have a gradient pass through; `results` receives all.
 struct MoePermute : torch::autograd::Function<MoePermute> {
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext* ctx, const Tensor& x,
-                               const OptionalTensor& topk_weights, Parameters p) {
+                               const OptionalTensor& topk_weights, const Parameters& p,
+                               Results& results) {
     at::AutoDispatchBelowADInplaceOrView below;
-    p.topk_weights = topk_weights;
-    const auto [permuted, weights, map, counts, offsets, kept, overflow] = call_op(x, p);
+    results = call_op(x, p);
+    const auto& [permuted, weights, map, counts, offsets, kept, overflow] = results;
     ctx->save_for_backward({map});
     ctx->set_materialize_grads(false);
-    if (topk_weights && topk_weights->requires_grad()) {
-      ctx->mark_non_differentiable({map, counts, offsets, kept, overflow});
-    } else {
-      ctx->mark_non_differentiable({weights, map, counts, offsets, kept, overflow});
-    }
-    return {permuted, weights, map, counts, offsets, kept, overflow};
+    if (requires_grad(topk_weights)) return {permuted, weights};
+    return {permuted};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto map = ctx->get_saved_variables()[0];
     Tensor grad_x, grad_weights;
     if (grads[0].defined()) grad_x = moe_unpermute(grads[0], map);
-    if (grads[1].defined()) {
+    if (grads.size() > 1 && grads[1].defined()) {
       const auto slots = map.sym_numel();
       grad_weights =
           moe_unpermute(grads[1].unsqueeze(1), map.reshape_symint({slots, c10::SymInt(1)}))
               .reshape_symint(map.sym_sizes());
     }
-    return {grad_x, grad_weights, Tensor()};
+    return {grad_x, grad_weights, Tensor(), Tensor()};
   }
 };
 
 Results moe_permute_autograd(const Tensor& x, const Parameters& p) {
-  auto r = MoePermute::apply(x, p.topk_weights, p);
-  return {r[0], r[1], r[2], r[3], r[4], r[5], r[6]};
+  if (!differentiating(x, p.topk_weights)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_op(x, p);
+  }
+  Results results;
+  const auto outputs = MoePermute::apply(x, p.topk_weights, p, results);
+  std::get<0>(results) = outputs[0];
+  if (outputs.size() > 1) std::get<1>(results) = outputs[1];
+  return results;
 }
 
 // ---- registration -------------------------------------------------------------------------------

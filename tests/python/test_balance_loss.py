@@ -134,6 +134,16 @@ def test_op_matches_the_reference():
                 torch.testing.assert_close(a, b)
 
 
+def test_gradient_notices_changed_sums():
+    """As after adding them up over processes, in place, when the loss was already taken."""
+    routing = F.topk_gating(torch.randn(5, 4).requires_grad_(), 2)
+    loss = F.balance_loss(routing, {"switch": 1.0}).total
+    with torch.no_grad():
+        routing.sums.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_opcheck():
     coefficients = torch.tensor([0.1, 0.2])
     for requires_grad in (False, True):

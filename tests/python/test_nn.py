@@ -208,6 +208,29 @@ def test_compile_under_autocast(compiled):
         torch.testing.assert_close(compiled(layer)(x)[0], layer(x)[0])
 
 
+@pytest.mark.usefixtures("backend")
+def test_compiled_autograd():
+    """The gradients of all ops as a graph, permuted weights included."""
+    layer = nn.MoELayer(8, 16, 6, 3)
+    tokens = torch.randn(23, 8)
+
+    def grads(compiled):
+        layer.zero_grad()
+        x = tokens.clone().requires_grad_()
+        y, routing = layer(x)
+        loss = y.square().sum() + F.balance_loss(routing, {"switch": 1.0, "z": 1.0}).total
+        p = F.moe_permute(x, routing.topk_indices, 6, routing.topk_weights)
+        loss = loss + (p.permuted.sum(1) * p.permuted_weights).sum()
+        loss = (
+            loss + F.expert_bincount(routing.topk_indices, 6, routing.topk_weights).square().sum()
+        )
+        with torch._dynamo.config.patch(compiled_autograd=compiled):
+            torch.compile(lambda: loss.backward(), backend="eager")()
+        return [x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+    torch.testing.assert_close(grads(True), grads(False))
+
+
 def test_export():
     layer = nn.MoELayer(8, 16, 4, 2).eval()
     x = torch.randn(6, 8)

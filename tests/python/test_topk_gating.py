@@ -919,20 +919,6 @@ def test_gradient_notices_what_was_changed_in_place(changed):
         routing.sums.sum().backward()
 
 
-@pytest.mark.parametrize("stats", [True, False])
-def test_compiled_autograd(stats):
-    def gradient(compiled):
-        logits = make_logits(5, 6).requires_grad_()
-        ids = torch.tensor([0, 1, 2, 2, 0])
-        routing = F.topk_gating(logits, 2, segment_ids=ids, num_segments=3, stats=stats)
-        loss = routing.topk_weights.square().sum() + (routing.lse.sum() if stats else 0)
-        with torch._dynamo.config.patch(compiled_autograd=compiled):
-            torch.compile(lambda: loss.backward(), backend="eager")()
-        return logits.grad
-
-    torch.testing.assert_close(gradient(True), gradient(False), rtol=0, atol=0)
-
-
 # ---- bad input -----------------------------------------------------------------------------------
 
 INTEGERS = torch.zeros(2, dtype=torch.long)
