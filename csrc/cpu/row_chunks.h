@@ -127,14 +127,14 @@ void store_row(const compute_t<scalar_t>* x, int64_t num_experts, scalar_t* row)
   }
 }
 
-constexpr int64_t kChunkRows = 16;
 constexpr int64_t kChunkLogits = 2048;  // with as many exps they fill half of a usual L1
 
 /// A few rows of one segment that are worked on together. None is masked, in each at least one
-/// expert is present.
+/// expert is present. They are on the stack, or, too long for that, one at a time in `scratch`.
 template <typename T>
 struct Chunk {
   T *x, *exps, *keys;  // [capacity, stride]
+  T* scratch;          // what they left of it, aligned as a vector
   int64_t stride;
   int64_t capacity;
   int64_t size;
@@ -147,25 +147,31 @@ struct Chunk {
   T spreads[kChunkRows];
   alignas(64) T log_totals[kChunkRows];
   int64_t found[kChunkRows];
-  alignas(64) T values[kChunkRows][kGroups];  // of the chosen, if they are at most 16
-};
+  alignas(64) T short_rows[3][kChunkLogits];
 
-/// Where a chunk's rows are: on the stack, or, too long for that, one at a time in scratch.
-template <typename T>
-struct ChunkMemory {
-  alignas(64) T x[kChunkLogits], exps[kChunkLogits], keys[kChunkLogits];
-
-  /// Takes three parts of `scratch`.
-  void give(int64_t num_experts, T* scratch, Chunk<T>& chunk) {
-    chunk.stride = padded_experts(num_experts);
-    const bool fits = chunk.stride <= kChunkLogits;
-    chunk.x = fits ? x : scratch;
-    chunk.exps = fits ? exps : scratch + chunk.stride;
-    chunk.keys = fits ? keys : scratch + 2 * chunk.stride;
-    chunk.capacity = fits ? kChunkLogits / chunk.stride : 1;
-    if (chunk.capacity > kChunkRows) chunk.capacity = kChunkRows;
+  Chunk(int64_t num_experts, T* given) : stride(padded_experts(num_experts)) {
+    T* const aligned = align_scratch(given);
+    const bool fits = stride <= kChunkLogits;
+    x = fits ? short_rows[0] : aligned;
+    exps = fits ? short_rows[1] : aligned + stride;
+    keys = fits ? short_rows[2] : aligned + 2 * stride;
+    scratch = fits ? aligned : aligned + 3 * stride;
+    capacity = fits ? kChunkLogits / stride : 1;
+    if (capacity > kChunkRows) capacity = kChunkRows;
   }
 };
+
+// What the slots of some rows hold lies the other way, [top_k, kChunkRows]: slot k of row r at
+// k * kChunkRows + r. Each row has a lane of its own, and no sum over the slots crosses lanes.
+
+/// The largest of `top_k` slots, for the rows in a vector's lanes.
+template <typename T>
+Vectorized<T> maximum_of_slots(const T* values, int64_t top_k) {
+  Vectorized<T> best(kNegativeInfinity<T>);
+  for (int64_t k = 0; k < top_k; ++k)
+    best = at::vec::clamp_min(best, Vectorized<T>::loadu(values + k * kChunkRows));
+  return best;
+}
 
 /// Asks for a row that is read later: its memory takes longer than the row's own work.
 template <typename scalar_t>
@@ -226,7 +232,7 @@ ExpSums<T> exponentials(const T* x, int64_t padded, T peak, T* exps) {
   using Vec = Vectorized<T>;
   Vec total(0), spread(0);
   for (int64_t e = 0; e < padded; e += Vec::size()) {
-    const Vec distance = from_peak(Vec::loadu(x + e), peak);
+    const Vec distance = from_peak(Vec::loadu(x + e), Vec(peak));
     const Vec value = exponential(distance);
     value.store(exps + e);
     total = total + value;

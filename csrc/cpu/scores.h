@@ -55,18 +55,8 @@ T sum_of_lanes(Vectorized<T> value) {
 /// x - peak, at least -1000: an expert that far below has p = 0, and an infinity must not meet that
 /// 0.
 template <typename T>
-Vectorized<T> from_peak(Vectorized<T> x, T peak) {
-  return at::vec::clamp_min(x - Vectorized<T>(peak), Vectorized<T>(T(-1000)));
-}
-
-/// The largest of `padded` values, a multiple of 16.
-template <typename T>
-T maximum_of(const T* values, int64_t padded) {
-  using Vec = Vectorized<T>;
-  Vec best(kNegativeInfinity<T>);
-  for (int64_t k = 0; k < padded; k += Vec::size())
-    best = at::vec::clamp_min(best, Vec::loadu(values + k));
-  return at::vec::vec_reduce_all<T>([](auto& a, auto& b) { return at::vec::maximum(a, b); }, best);
+Vectorized<T> from_peak(Vectorized<T> x, Vectorized<T> peak) {
+  return at::vec::clamp_min(x - peak, Vectorized<T>(T(-1000)));
 }
 
 // Below this softplus(x) and sigmoid(x) are exp(x), to the last bit of float64.
@@ -142,12 +132,15 @@ __attribute__((always_inline)) inline Vectorized<T> unless_absent(Vectorized<T> 
 /// Numbers in proportion to the scores (identity: to exp(x)), of which the largest, that of the
 /// logit `top`, is far from 0: what renormalised weights are made of without 0 / 0.
 template <ScoreFunction kScore, typename T>
-__attribute__((always_inline)) inline Vectorized<T> in_proportion(Vectorized<T> x, T top) {
-  constexpr bool kCurved = kScore != ScoreFunction::kIdentity;
-  if (kCurved && top > kScoreIsExp<T>) return score<kScore>(x);
-  const auto distance = from_peak(x, top);
-  return exponential(kScore == ScoreFunction::kSqrtSoftplus ? distance * Vectorized<T>(T(0.5))
-                                                            : distance);
+__attribute__((always_inline)) inline Vectorized<T> in_proportion(Vectorized<T> x,
+                                                                  Vectorized<T> top) {
+  using Vec = Vectorized<T>;
+  const Vec distance = from_peak(x, top);
+  if constexpr (kScore == ScoreFunction::kIdentity) return exponential(distance);
+  const Vec far = Vec(kScoreIsExp<T>) < top;
+  if (far.zero_mask() == 0) return score<kScore>(x);
+  constexpr T kSlope = kScore == ScoreFunction::kSqrtSoftplus ? 0.5 : 1;
+  return Vec::blendv(exponential(distance * Vec(kSlope)), score<kScore>(x), far);
 }
 
 /// Calls function(std::integral_constant) with the score function as a constant.

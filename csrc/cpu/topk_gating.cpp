@@ -152,89 +152,58 @@ void leave_empty(const TopKGatingRows<scalar_t>& rows, int64_t token, int64_t fo
 
 // ---- their weights ---------------------------------------------------------------------
 
-/// values[0, padded) = what the chosen have in `row`, then `rest`; counts them, too.
-template <typename T>
-void gather_chosen(const T* row, T rest, const int64_t* chosen, int64_t found, int64_t padded,
-                   T* values, int64_t* counts) {
-  for (int64_t k = 0; k < found; ++k) {
-    values[k] = row[chosen[k]];
-    counts[chosen[k]] += 1;
-  }
-  for (int64_t k = found; k < padded; ++k) values[k] = rest;
-}
-
-/// weights = scaling_factor values / total. Divided first: a single expert of a renormalised row
-/// gets scaling_factor itself.
-template <typename T>
-void divide(const T* values, int64_t found, T total, T scaling_factor, T* weights) {
-  using Vec = Vectorized<T>;
-  for (int64_t k = 0; k < found; k += Vec::size()) {
-    const int64_t left = found - k;
-    (Vec(scaling_factor) * (Vec::loadu(values + k) / Vec(total)))
-        .store(weights + k, left < Vec::size() ? left : Vec::size());
-  }
-}
-
-/// Makes `values`, exps of the chosen and then zeros, weights: `total` is the sum of all exps. With
-/// norm_topk_prob only where the best expert is sure to be chosen: it has exp(0) = 1.
-template <typename T>
-void weigh_exps(int64_t found, int64_t padded, bool norm_topk_prob, T total, T scaling_factor,
-                const T* values, T* weights) {
-  using Vec = Vectorized<T>;
-  if (norm_topk_prob) {
-    Vec sum(0);
-    for (int64_t k = 0; k < padded; k += Vec::size()) sum = sum + Vec::loadu(values + k);
-    total = sum_of_lanes(sum);
-  }
-  divide(values, found, total, scaling_factor, weights);
-}
-
-/// Makes `values`, logits of the chosen and then -inf, weights; `top` is the largest.
-template <ScoreFunction kScore, typename T>
-void weigh_logits(int64_t found, int64_t padded, bool norm_topk_prob, T top, T scaling_factor,
-                  T* values, T* weights) {
-  using Vec = Vectorized<T>;
-  Vec sum(0);
-  for (int64_t k = 0; k < padded; k += Vec::size()) {
-    const Vec x = Vec::loadu(values + k);
-    const Vec value = norm_topk_prob ? in_proportion<kScore>(x, top) : score<kScore>(x);
-    value.store(values + k);
-    sum = sum + value;
-  }
-  divide(values, found, norm_topk_prob ? sum_of_lanes(sum) : T(1), scaling_factor, weights);
-}
-
-/// Writes the weights of all rows and counts their experts; `long_values` has room for top_k,
-/// padded.
+/// Writes the weights of all rows, scaling_factor value / total, and counts their experts. The
+/// values of the chosen are exps, if `from_exps`, whose best is exp(0) = 1, or made of the logits;
+/// with `best_first` a row's first is its largest logit. `values` [top_k, kChunkRows] holds finite
+/// numbers or -inf everywhere.
 template <typename scalar_t>
 void weights_of_chunk(const TopKGatingRows<scalar_t>& rows, bool from_exps, bool best_first,
-                      compute_t<scalar_t>* long_values, Chunk<compute_t<scalar_t>>& chunk,
+                      compute_t<scalar_t>* values, const Chunk<compute_t<scalar_t>>& chunk,
                       int64_t* counts) {
   using T = compute_t<scalar_t>;
-  const int64_t top_k = rows.top_k, padded = (top_k + kGroups - 1) / kGroups * kGroups;
-  const bool fits = padded == kGroups;
+  using Vec = Vectorized<T>;
+  const int64_t top_k = rows.top_k;
   const T rest = from_exps ? T(0) : kNegativeInfinity<T>;
-  const auto values = [&](int64_t r) { return fits ? chunk.values[r] : long_values; };
-  const auto gather = [&](int64_t r) {
-    gather_chosen((from_exps ? chunk.exps : chunk.x) + r * chunk.stride, rest,
-                  rows.topk_indices + chunk.tokens[r] * top_k, chunk.found[r], padded, values(r),
-                  counts);
-  };
-  for (int64_t r = 0; fits && r < chunk.size; ++r) gather(r);
+  for (int64_t r = 0; r < chunk.size; ++r) {
+    const T* const row = (from_exps ? chunk.exps : chunk.x) + r * chunk.stride;
+    const int64_t* const chosen = rows.topk_indices + chunk.tokens[r] * top_k;
+    const int64_t found = chunk.found[r];
+    for (int64_t k = 0; k < found; ++k) {
+      values[k * kChunkRows + r] = row[chosen[k]];
+      counts[chosen[k]] += 1;
+    }
+    for (int64_t k = found; k < top_k; ++k) values[k * kChunkRows + r] = rest;
+  }
+  const Vec scale(rows.scaling_factor);
   with_score(rows.score_function, [&](auto kScore) {
-    for (int64_t r = 0; r < chunk.size; ++r) {
-      if (!fits) gather(r);
-      T* const weights = rows.topk_weights + chunk.tokens[r] * top_k;
+    for (int64_t lane = 0; lane < chunk.size; lane += Vec::size()) {
+      T* const slots = values + lane;
+      Vec total(1);
       if (from_exps) {
-        weigh_exps(chunk.found[r], padded, rows.norm_topk_prob, chunk.totals[r],
-                   rows.scaling_factor, values(r), weights);
+        total = Vec::loadu(chunk.totals + lane);
+      } else if (rows.norm_topk_prob) {
+        const Vec top =
+            best_first ? Vec::loadu(chunk.peaks + lane) : maximum_of_slots(slots, top_k);
+        for (int64_t k = 0; k < top_k * kChunkRows; k += kChunkRows)
+          in_proportion<kScore>(Vec::loadu(slots + k), top).store(slots + k);
       } else {
-        const T top = best_first ? chunk.peaks[r] : maximum_of(values(r), padded);
-        weigh_logits<kScore>(chunk.found[r], padded, rows.norm_topk_prob, top, rows.scaling_factor,
-                             values(r), weights);
+        for (int64_t k = 0; k < top_k * kChunkRows; k += kChunkRows)
+          score<kScore>(Vec::loadu(slots + k)).store(slots + k);
       }
+      if (rows.norm_topk_prob) {
+        total = Vec(0);
+        for (int64_t k = 0; k < top_k * kChunkRows; k += kChunkRows)
+          total = total + Vec::loadu(slots + k);
+      }
+      // Divided first: a single expert of a renormalised row gets scaling_factor itself.
+      for (int64_t k = 0; k < top_k * kChunkRows; k += kChunkRows)
+        (scale * (Vec::loadu(slots + k) / total)).store(slots + k);
     }
   });
+  for (int64_t r = 0; r < chunk.size; ++r) {
+    T* const weights = rows.topk_weights + chunk.tokens[r] * top_k;
+    for (int64_t k = 0; k < chunk.found[r]; ++k) weights[k] = values[k * kChunkRows + r];
+  }
 }
 
 // ---- sums over the tokens --------------------------------------------------------------
@@ -303,14 +272,14 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
     return;
   }
 
-  Chunk<T> chunk;
-  ChunkMemory<T> memory;
-  const int64_t part = padded_experts(num_experts);
-  memory.give(num_experts, scratch, chunk);
-  T* const bias = scratch + 3 * part;
-  T* const values = bias + part;  // of one row, if top_k is large; or of the groups
-  auto* const heap = reinterpret_cast<int32_t*>(values + part);
-  auto* const kept = reinterpret_cast<int64_t*>(values + 2 * part);
+  Chunk<T> chunk(num_experts, scratch);
+  const int64_t part = chunk.stride;
+  T* const bias = chunk.scratch;
+  T* const values = bias + part;  // of the slots
+  for (int64_t k = 0; k < top_k * kChunkRows; ++k) values[k] = 0;
+  T* const group_scores = values + top_k * kChunkRows;
+  auto* const heap = reinterpret_cast<int32_t*>(group_scores + part);
+  auto* const kept = reinterpret_cast<int64_t*>(group_scores + 2 * part);
   if (keyed) {
     for (int64_t e = 0; e < part; ++e) {
       const T value = rows.expert_bias != nullptr && e < num_experts ? rows.expert_bias[e] : T(0);
@@ -346,7 +315,7 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
         }
         for (int64_t r = 0; rows.num_groups > 1 && r < chunk.size; ++r) {
           T* const keys = chunk.keys + r * chunk.stride;
-          limit_groups(rows, keys, values, kept, heap);
+          limit_groups(rows, keys, group_scores, kept, heap);
           group_maxima(keys, padded, chunk.maxima[r]);
         }
       }

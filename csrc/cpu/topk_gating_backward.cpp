@@ -12,63 +12,61 @@
 namespace equipoise::cpu::CPU_CAPABILITY {
 namespace {
 
-/// Makes `values`, logits of the chosen (-inf for an empty slot), the gate's gradient with respect
-/// to those logits; grads [padded] holds that of the weights, 0 for an empty slot. Not for a
-/// softmax without renormalisation, where every logit has a part.
+/// Makes values [top_k, kChunkRows], logits of the chosen (-inf for an empty slot), the gate's
+/// gradient with respect to those logits, in `size` lanes; `grads` is that of the weights, `shares`
+/// room of the same size. Not for a softmax without renormalisation, where every logit has a part.
 template <ScoreFunction kScore, typename T>
-void gate_gradient(int64_t padded, bool norm_topk_prob, T scaling_factor, const T* grads,
-                   T* values) {
+void gate_gradient(int64_t size, int64_t top_k, bool norm_topk_prob, T scaling_factor,
+                   const T* grads, T* shares, T* values) {
   using Vec = Vectorized<T>;
-  if (!norm_topk_prob) {
-    for (int64_t k = 0; k < padded; k += Vec::size()) {
-      const Vec x = Vec::loadu(values + k), grad = Vec(scaling_factor) * Vec::loadu(grads + k);
-      if constexpr (kScore == ScoreFunction::kIdentity) {
-        grad.store(values + k);
-      } else {
-        (grad * score<kScore>(x) * log_score_slope<kScore>(x)).store(values + k);
+  const Vec scale(scaling_factor);
+  for (int64_t lane = 0; lane < size; lane += Vec::size()) {
+    const int64_t end = lane + top_k * kChunkRows;
+    Vec mean(0);
+    if (norm_topk_prob) {
+      const Vec top = maximum_of_slots(values + lane, top_k);
+      Vec total(0);
+      for (int64_t k = lane; k < end; k += kChunkRows) {
+        const Vec value = in_proportion<kScore>(Vec::loadu(values + k), top);
+        value.store(shares + k);
+        total = total + value;
+      }
+      // Of a single expert the share is 1 exactly, and the gradient 0.
+      for (int64_t k = lane; k < end; k += kChunkRows) {
+        const Vec share = Vec::loadu(shares + k) / total;
+        share.store(shares + k);
+        mean = at::vec::fmadd(share, Vec::loadu(grads + k), mean);
       }
     }
-    return;
-  }
-  constexpr bool kCurved = kScore != ScoreFunction::kIdentity;
-  const T top = maximum_of(values, padded);
-  if (!(top > kNegativeInfinity<T>)) return;  // no slot is filled
-  Vec totals(0), means(0);
-  for (int64_t k = 0; k < padded; k += Vec::size()) {
-    const Vec value = in_proportion<kScore>(Vec::loadu(values + k), top);
-    totals = totals + value;
-    if constexpr (!kCurved) value.store(values + k);  // else the logits are needed again
-  }
-  // Of a single expert the ratio is 1 exactly, and the gradient 0: exp(0) / 1, or s / s.
-  const T sum = sum_of_lanes(totals);
-  const Vec total(sum), inverse(T(1) / sum), scale(scaling_factor);
-  const auto ratio = [&](const Vec& value) {
-    return kCurved ? in_proportion<kScore>(value, top) / total : value * inverse;
-  };
-  for (int64_t k = 0; k < padded; k += Vec::size()) {
-    means = at::vec::fmadd(ratio(Vec::loadu(values + k)), Vec::loadu(grads + k), means);
-  }
-  const Vec mean(sum_of_lanes(means));
-  for (int64_t k = 0; k < padded; k += Vec::size()) {
-    const Vec value = Vec::loadu(values + k);
-    const Vec grad = scale * ratio(value) * (Vec::loadu(grads + k) - mean);
-    (kCurved ? grad * log_score_slope<kScore>(value) : grad).store(values + k);
+    for (int64_t k = lane; k < end; k += kChunkRows) {
+      const Vec x = Vec::loadu(values + k), grad = scale * (Vec::loadu(grads + k) - mean);
+      if constexpr (kScore == ScoreFunction::kIdentity) {
+        (norm_topk_prob ? grad * Vec::loadu(shares + k) : grad).store(values + k);
+      } else {
+        const Vec share = norm_topk_prob ? Vec::loadu(shares + k) : score<kScore>(x);
+        (grad * share * log_score_slope<kScore>(x)).store(values + k);
+      }
+    }
   }
 }
 
-/// The same for a softmax without renormalisation: `values` are exps of the chosen and `scale`
-/// makes them weights. Returns what is taken from every expert's slope.
+/// The same for a softmax without renormalisation: `values` are exps of the chosen and
+/// scaling_factor / totals makes them weights. Takes from `common` what every expert's slope loses.
 template <typename T>
-T gate_gradient_of_softmax(int64_t padded, T scale, const T* grads, T* values) {
+void gate_gradient_of_softmax(int64_t size, int64_t top_k, T scaling_factor, const T* totals,
+                              const T* grads, T* values, T* common) {
   using Vec = Vectorized<T>;
-  Vec means(0);
-  for (int64_t k = 0; k < padded; k += Vec::size()) {
-    const Vec grad = Vec::loadu(grads + k);  // 0 where the slot is empty, and the value -inf
-    const Vec value = at::vec::clamp_min(Vec::loadu(values + k), Vec(0)) * Vec(scale) * grad;
-    value.store(values + k);
-    means = means + value;
+  for (int64_t lane = 0; lane < size; lane += Vec::size()) {
+    const Vec scale = Vec(scaling_factor) / Vec::loadu(totals + lane);
+    Vec mean(0);
+    for (int64_t k = lane; k < lane + top_k * kChunkRows; k += kChunkRows) {
+      const Vec grad = Vec::loadu(grads + k);  // 0 where the slot is empty, and the value -inf
+      const Vec value = at::vec::clamp_min(Vec::loadu(values + k), Vec(0)) * scale * grad;
+      value.store(values + k);
+      mean = mean + value;
+    }
+    (Vec::loadu(common + lane) - mean).store(common + lane);
   }
-  return sum_of_lanes(means);
 }
 
 /// The slots of one token. What is not in [0, E) chose no expert.
@@ -82,41 +80,36 @@ struct Slots {
         top_k(rows.top_k),
         num_experts(rows.num_experts) {}
 
+  bool is_filled(int64_t k) const {
+    return static_cast<uint64_t>(experts[k]) < static_cast<uint64_t>(num_experts);
+  }
   template <typename Function>
   void for_each(const Function& function) const {
     for (int64_t k = 0; k < top_k; ++k) {
-      if (static_cast<uint64_t>(experts[k]) < static_cast<uint64_t>(num_experts))
-        function(k, experts[k]);
+      if (is_filled(k)) function(k, experts[k]);
     }
   }
 };
 
-/// Room for what the slots of some rows hold: many rows, or one of many slots in `scratch`.
+/// What the slots of some rows hold, [top_k, kChunkRows] each, in `scratch`.
 template <typename T>
 struct SlotMemory {
-  alignas(64) T short_values[kChunkRows][kGroups], short_grads[kChunkRows][kGroups];
-  T* scratch;  // [2 padded]
-  int64_t padded;
+  T *values, *grads, *shares;
 
   SlotMemory(int64_t top_k, T* scratch)
-      : scratch(scratch), padded((top_k + kGroups - 1) / kGroups * kGroups) {}
-  int64_t capacity() const { return padded == kGroups ? kChunkRows : 1; }
-  T* values(int64_t r) { return padded == kGroups ? short_values[r] : scratch; }
-  T* grads(int64_t r) { return padded == kGroups ? short_grads[r] : scratch + padded; }
+      : values(scratch), grads(values + top_k * kChunkRows), shares(grads + top_k * kChunkRows) {
+    for (int64_t k = 0; k < 2 * top_k * kChunkRows; ++k) scratch[k] = 0;  // in unused lanes, too
+  }
 
   /// values = logit(expert) and grads = grad_weights of the filled slots; -inf and 0 elsewhere.
   template <typename scalar_t, typename Logit>
   void gather(int64_t r, const Slots<scalar_t>& slots, const T* grad_weights, const Logit& logit) {
-    using Vec = Vectorized<T>;
-    T *const to = values(r), *const grads_to = grads(r);
-    for (int64_t k = 0; k < padded; k += Vec::size()) {
-      Vec(kNegativeInfinity<T>).store(to + k);
-      Vec(T(0)).store(grads_to + k);
+    for (int64_t k = 0; k < slots.top_k; ++k) {
+      const int64_t expert = slots.experts[k], at = k * kChunkRows + r;
+      const bool filled = slots.is_filled(k);
+      values[at] = filled ? logit(expert) : kNegativeInfinity<T>;
+      grads[at] = filled ? grad_weights[k] : T(0);
     }
-    slots.for_each([&](int64_t k, int64_t expert) {
-      to[k] = logit(expert);
-      grads_to[k] = grad_weights[k];
-    });
   }
 };
 
@@ -125,15 +118,14 @@ template <typename scalar_t>
 void sparse_backward(const TopKGatingBackwardRows<scalar_t>& rows, int64_t begin, int64_t end,
                      compute_t<scalar_t>* scratch) {
   using T = compute_t<scalar_t>;
-  const int64_t num_experts = rows.num_experts;
-  SlotMemory<T> memory(rows.top_k, scratch);
-  const int64_t capacity = memory.capacity();
+  const int64_t num_experts = rows.num_experts, top_k = rows.top_k;
+  SlotMemory<T> memory(top_k, align_scratch(scratch));
   const auto takes_part = [&](int64_t token) {
     return rows.grad_weights != nullptr &&
            (rows.token_weights == nullptr || rows.token_weights[token] > 0);
   };
-  for (int64_t first = begin; first < end; first += capacity) {
-    const int64_t size = end - first < capacity ? end - first : capacity;
+  for (int64_t first = begin; first < end; first += kChunkRows) {
+    const int64_t size = end - first < kChunkRows ? end - first : kChunkRows;
     __builtin_memset(rows.grad_logits + first * num_experts, 0,
                      size * num_experts * sizeof(scalar_t));
     for (int64_t r = 0; r < size; ++r) {
@@ -142,24 +134,20 @@ void sparse_backward(const TopKGatingBackwardRows<scalar_t>& rows, int64_t begin
       const scalar_t* const row = rows.logits + token * rows.row_stride;
       const scalar_t* const noise = rows.noise + token * rows.noise_stride;
       memory.gather(
-          r, Slots<scalar_t>(rows, token), rows.grad_weights + token * rows.top_k,
-          [&](int64_t expert) {
+          r, Slots<scalar_t>(rows, token), rows.grad_weights + token * top_k, [&](int64_t expert) {
             const T x = static_cast<T>(row[expert]);
             return sanitize(rows.noise != nullptr ? x + static_cast<T>(noise[expert]) : x);
           });
     }
     with_score(rows.score_function, [&](auto kScore) {
-      for (int64_t r = 0; r < size; ++r) {
-        if (!takes_part(first + r)) continue;
-        gate_gradient<kScore>(memory.padded, rows.norm_topk_prob, rows.scaling_factor,
-                              memory.grads(r), memory.values(r));
-      }
+      gate_gradient<kScore>(size, top_k, rows.norm_topk_prob, rows.scaling_factor, memory.grads,
+                            memory.shares, memory.values);
     });
     for (int64_t r = 0; r < size; ++r) {
       if (!takes_part(first + r)) continue;
       scalar_t* const grad_row = rows.grad_logits + (first + r) * num_experts;
       Slots<scalar_t>(rows, first + r).for_each([&](int64_t k, int64_t expert) {
-        grad_row[expert] = static_cast<scalar_t>(memory.values(r)[k]);
+        grad_row[expert] = static_cast<scalar_t>(memory.values[k * kChunkRows + r]);
       });
     }
   }
@@ -184,14 +172,11 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
     return;
   }
 
-  Chunk<T> chunk;
-  ChunkMemory<T> memory;
-  const int64_t part = padded_experts(num_experts);
-  memory.give(num_experts, scratch, chunk);
+  Chunk<T> chunk(num_experts, scratch);
+  const int64_t part = chunk.stride;
   const int64_t padded = (num_experts + kGroups - 1) / kGroups * kGroups;
-  T* const a = scratch + 3 * part;  // the gradient of prob_sum, padded with zeros
+  T* const a = chunk.scratch;  // the gradient of prob_sum, padded with zeros
   SlotMemory<T> slot_memory(top_k, a + part);
-  if (chunk.capacity > slot_memory.capacity()) chunk.capacity = slot_memory.capacity();
   int64_t segment_of_a = -1;
   for (int64_t e = 0; e < part; ++e) a[e] = 0;
   T grad_lse_squared = 0, grad_entropy = 0;
@@ -234,7 +219,7 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
 
     // What all experts of a row share: common = -w <a, p> - w g_H H ..., with
     // g_H (log p + H) = g_H (spread / total - (peak - y)).
-    T common[kChunkRows];
+    T common[kChunkRows] = {};
     for (int64_t r = 0; r < chunk.size; ++r) {
       const T* const exps = chunk.exps + r * chunk.stride;
       Vec dot(0);
@@ -250,18 +235,15 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
                          rows.grad_weights + chunk.tokens[r] * top_k,
                          [&](int64_t expert) { return row[expert]; });
     }
-    with_score(rows.score_function, [&](auto kScore) {
-      for (int64_t r = 0; gate && r < chunk.size; ++r) {
-        T *const values = slot_memory.values(r), *const grads = slot_memory.grads(r);
-        if (gate_of_all) {
-          common[r] -= gate_gradient_of_softmax(
-              slot_memory.padded, rows.scaling_factor / chunk.totals[r], grads, values);
-        } else {
-          gate_gradient<kScore>(slot_memory.padded, rows.norm_topk_prob, rows.scaling_factor, grads,
-                                values);
-        }
-      }
-    });
+    if (gate_of_all) {
+      gate_gradient_of_softmax(chunk.size, top_k, rows.scaling_factor, chunk.totals,
+                               slot_memory.grads, slot_memory.values, common);
+    } else if (gate) {
+      with_score(rows.score_function, [&](auto kScore) {
+        gate_gradient<kScore>(chunk.size, top_k, rows.norm_topk_prob, rows.scaling_factor,
+                              slot_memory.grads, slot_memory.shares, slot_memory.values);
+      });
+    }
     for (int64_t r = 0; r < chunk.size; ++r) {
       const T* const x = chunk.x + r * chunk.stride;
       const T* const exps = chunk.exps + r * chunk.stride;
@@ -272,7 +254,7 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
       with_score(rows.score_function, [&](auto kScore) {
         for (int64_t e = 0; e < padded; e += Vec::size()) {
           const Vec slope = at::vec::fmadd(weight, Vec::loadu(a + e), shared) -
-                            of_entropy * from_peak(Vec::loadu(out + e), chunk.peaks[r]);
+                            of_entropy * from_peak(Vec::loadu(out + e), Vec(chunk.peaks[r]));
           Vec grad = Vec::loadu(exps + e) * share * slope;
           if constexpr (kScore != ScoreFunction::kIdentity)
             grad = grad * log_score_slope<kScore>(Vec::loadu(x + e));
@@ -282,14 +264,13 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
       if (curved && needs_lse) {
         const Vec of_lse(grad_lse[r] / totals_of_x[r]);
         for (int64_t e = 0; e < padded; e += Vec::size()) {
-          const Vec q = exponential(from_peak(Vec::loadu(x + e), peaks_of_x[r]));
+          const Vec q = exponential(from_peak(Vec::loadu(x + e), Vec(peaks_of_x[r])));
           at::vec::fmadd(of_lse, q, Vec::loadu(out + e)).store(out + e);
         }
       }
       if (gate) {
-        const T* const values = slot_memory.values(r);
         Slots<scalar_t>(rows, chunk.tokens[r]).for_each([&](int64_t k, int64_t expert) {
-          out[expert] += values[k];
+          out[expert] += slot_memory.values[k * kChunkRows + r];
         });
       }
       store_row(out, num_experts, rows.grad_logits + chunk.tokens[r] * num_experts);

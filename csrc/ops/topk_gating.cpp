@@ -476,14 +476,14 @@ BlockPlan plan_blocks(int64_t num_tokens, int64_t num_experts, const OptionalTen
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t num_experts) {
-    const int64_t size = cpu::topk_gating_scratch(num_experts);
+  Scratch(int64_t num_experts, int64_t top_k) {
+    const int64_t size = cpu::topk_gating_scratch(num_experts, top_k);
     if (size > kOnStack) on_heap_.reset(new T[size]);
   }
   T* get() { return on_heap_ ? on_heap_.get() : on_stack_; }
 
  private:
-  static constexpr int64_t kOnStack = cpu::topk_gating_scratch(256);
+  static constexpr int64_t kOnStack = cpu::topk_gating_scratch(256, 8);
   alignas(64) T on_stack_[kOnStack];
   std::unique_ptr<T[]> on_heap_;
 };
@@ -514,7 +514,7 @@ void topk_gating_cpu(const TopKGatingArguments& arguments, const TopKGatingOutpu
         std::fill_n(counts, num_segments * num_experts, 0);
         if (plan.num_blocks == 1) {
           std::fill_n(sums, num_segments * width, T(0));
-          Scratch<T> scratch(num_experts);
+          Scratch<T> scratch(num_experts, arguments.top_k);
           const cpu::TopKGatingTotals<T> totals{counts, sums, 0, num_segments};
           EQUIPOISE_CALL_CPU_KERNEL(topk_gating_rows<scalar_t>, rows, 0, num_tokens, totals,
                                     scratch.get());
@@ -525,7 +525,7 @@ void topk_gating_cpu(const TopKGatingArguments& arguments, const TopKGatingOutpu
         std::vector<int64_t> block_counts(num_rows * num_experts);
         std::vector<T> block_sums(num_rows * width);
         at::parallel_for(0, plan.num_blocks, 1, [&](int64_t begin, int64_t end) {
-          Scratch<T> scratch(num_experts);
+          Scratch<T> scratch(num_experts, arguments.top_k);
           for (int64_t b = begin; b < end; ++b) {
             const int64_t first_token = b * plan.tokens_per_block, row = plan.first_row[b];
             const cpu::TopKGatingTotals<T> totals{
@@ -569,7 +569,7 @@ void topk_gating_backward_cpu(const TopKGatingBackwardArguments& arguments,
             arguments.topk_indices.const_data_ptr<int64_t>(),
             grad_logits.mutable_data_ptr<scalar_t>()};
         at::parallel_for(0, num_tokens, grain, [&](int64_t begin, int64_t end) {
-          Scratch<T> scratch(num_experts);
+          Scratch<T> scratch(num_experts, rows.top_k);
           EQUIPOISE_CALL_CPU_KERNEL(topk_gating_backward_rows<scalar_t>, rows, begin, end,
                                     scratch.get());
         });
