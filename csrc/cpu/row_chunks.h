@@ -141,7 +141,8 @@ struct Chunk {
   int64_t segment;
   int64_t tokens[kChunkRows];
   T token_weights[kChunkRows];
-  alignas(64) T maxima[kChunkRows][kGroups];
+  alignas(64) T maxima[kChunkRows][kGroups] = {};
+  alignas(64) T best_maxima[kGroups][kChunkRows];  // of each row best first, one row per lane
   alignas(64) T peaks[kChunkRows];
   alignas(64) T totals[kChunkRows];
   T spreads[kChunkRows];
@@ -180,6 +181,13 @@ void prefetch_row(const scalar_t* row, int64_t num_experts) {
   for (int64_t e = 0; e < num_experts; e += kLine) __builtin_prefetch(row + e);
 }
 
+template <typename T>
+void sort_maxima(Chunk<T>& chunk) {
+  static_assert(kChunkRows == kGroups);
+  transpose(chunk.maxima, chunk.best_maxima);
+  sort_columns(chunk.best_maxima);
+}
+
 /// Loads rows from `token` on until the chunk is full or the segment ends; returns the token after
 /// them. Calls settle(token, segment) for those that take no part, and saw_nan(segment).
 template <typename scalar_t, typename Settle, typename SawNan>
@@ -193,7 +201,7 @@ int64_t fill_chunk(const TopKGatingInput<scalar_t>& rows, int64_t token, int64_t
     const int64_t segment = rows.segment_ids != nullptr ? rows.segment_ids[token] : 0;
     if (r > 0 && segment != chunk.segment) break;
     const T token_weight = rows.token_weights != nullptr ? rows.token_weights[token] : T(1);
-    T peak = kNegativeInfinity<T>;
+    bool takes_part = false;
     const int64_t later = token + chunk.capacity;
     if (later < end) prefetch_row(rows.logits + later * rows.row_stride, rows.num_experts);
     if (token_weight > 0) {
@@ -204,18 +212,19 @@ int64_t fill_chunk(const TopKGatingInput<scalar_t>& rows, int64_t token, int64_t
                                 : load_row<true>(row, rows.noise + token * rows.noise_stride,
                                                  rows.num_experts, x, chunk.maxima[r]);
       if (nan_seen) saw_nan(segment);
-      peak = maximum_of_groups(chunk.maxima[r]);
+      takes_part = is_any_present(chunk.maxima[r]);
     }
-    if (peak > kNegativeInfinity<T>) {
+    if (takes_part) {
       chunk.segment = segment;
       chunk.tokens[r] = token;
       chunk.token_weights[r] = token_weight;
-      chunk.peaks[r] = peak;
       ++chunk.size;
     } else {
       settle(token);
     }
   }
+  sort_maxima(chunk);
+  for (int64_t r = 0; r < kChunkRows; ++r) chunk.peaks[r] = chunk.best_maxima[0][r];
   return token;
 }
 

@@ -3,11 +3,11 @@
 //
 // Selection looks at few experts and takes no branch that depends on the data: the maxima of 16
 // interleaved groups of the row bound the K-th largest key from below (the K-th largest of the
-// maxima), about 1.4 K experts pass that bound and are packed together, and up to 16 of them are
-// put in order by counting how many come before each. Large K, a bias, or rows with many ties go
-// through a heap instead. The steps are separate functions, so that a kernel can take each for
-// several rows before the next: what one row stores in pieces and loads as a whole is in cache
-// then.
+// maxima, of 16 rows at a time by a sorting network), about 1.4 K experts pass that bound and are
+// packed together, and up to 16 of them are put in order by counting how many come before each.
+// Large K, a bias, or rows with many ties go through a heap instead. The steps are separate
+// functions, so that a kernel can take each for several rows before the next: what one row stores
+// in pieces and loads as a whole is in cache then.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -38,19 +38,15 @@ void group_maxima(const T* keys, int64_t padded, T* maxima) {
   for (int64_t i = 0; i < kParts; ++i) best[i].store(maxima + i * Vec::size());
 }
 
-/// Maximum of 16 values, as a tree so that the compiler may use vectors.
+/// Whether any of 16 values is above -inf.
 template <typename T>
-T maximum_of_groups(const T* values) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<T, float>) return _mm512_reduce_max_ps(_mm512_loadu_ps(values));
-#endif
-  T tree[kGroups];
-  for (int64_t i = 0; i < kGroups; ++i) tree[i] = values[i];
-  for (int64_t width = kGroups / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i)
-      tree[i] = tree[i] > tree[i + width] ? tree[i] : tree[i + width];
-  }
-  return tree[0];
+bool is_any_present(const T* values) {
+  using Vec = Vectorized<T>;
+  constexpr int kAllLanes = (1 << Vec::size()) - 1;
+  int absent = kAllLanes;
+  for (int64_t i = 0; i < kGroups; i += Vec::size())
+    absent &= (Vec::loadu(values + i) > Vec(kNegativeInfinity<T>)).zero_mask();
+  return absent != kAllLanes;
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
@@ -71,31 +67,88 @@ inline __m512i count_larger(const float* keys) {
 }
 #endif
 
-/// The k-th largest of 16 keys: the smallest of those with fewer than k larger ones.
+/// to[i][j] = from[j][i].
 template <typename T>
-T kth_largest_of_16(const T* keys, int64_t k) {
+void transpose(const T (*from)[kGroups], T (*to)[kGroups]) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
-    const auto enough =
-        _mm512_cmplt_epi32_mask(count_larger(keys), _mm512_set1_epi32(static_cast<int32_t>(k)));
-    return _mm512_mask_reduce_min_ps(enough, _mm512_loadu_ps(keys));
+    __m512 rows[kGroups];
+#pragma GCC unroll 16
+    for (int i = 0; i < kGroups; ++i) rows[i] = _mm512_loadu_ps(from[i]);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    // Swaps squares of width 1, 2, 4 and 8 across the diagonal.
+#pragma GCC unroll 4
+    for (int width = 1; width < kGroups; width *= 2) {
+      const __mmask16 right = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(width));
+      const __m512i above =
+          _mm512_mask_add_epi32(lane, right, lane, _mm512_set1_epi32(kGroups - width));
+      const __m512i below = _mm512_mask_add_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(width)),
+                                                  right, lane, _mm512_set1_epi32(kGroups));
+#pragma GCC unroll 16
+      for (int i = 0; i < kGroups; ++i) {
+        if (i & width) continue;
+        const __m512 upper = rows[i], lower = rows[i + width];
+        rows[i] = _mm512_permutex2var_ps(upper, above, lower);
+        rows[i + width] = _mm512_permutex2var_ps(upper, below, lower);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kGroups; ++i) _mm512_storeu_ps(to[i], rows[i]);
+    return;
   }
 #endif
-  int32_t larger[kGroups] = {};
-  for (int64_t j = 0; j < kGroups; ++j) {
-    for (int64_t i = 0; i < kGroups; ++i) larger[i] += keys[j] > keys[i];
+  for (int64_t i = 0; i < kGroups; ++i) {
+    for (int64_t j = 0; j < kGroups; ++j) to[i][j] = from[j][i];
   }
-  T negated[kGroups];
-  for (int64_t i = 0; i < kGroups; ++i)
-    negated[i] = larger[i] < k ? -keys[i] : kNegativeInfinity<T>;
-  return -maximum_of_groups(negated);
 }
 
-/// What the K-th best key is not below, from the maxima of the groups; leaves out what is absent.
+/// Batcher's odd-even merge sort of 16 values: which are compared, in turn.
+struct SortingNetwork {
+  int64_t size = 0;
+  int8_t first[64] = {}, second[64] = {};
+
+  constexpr SortingNetwork() {
+    for (int sorted = 1; sorted < kGroups; sorted *= 2) {
+      for (int apart = sorted; apart > 0; apart /= 2) {
+        for (int from = apart % sorted; from + apart < kGroups; from += 2 * apart) {
+          for (int i = from; i < from + apart && i + apart < kGroups; ++i) {
+            if (i / (2 * sorted) != (i + apart) / (2 * sorted)) continue;
+            first[size] = static_cast<int8_t>(i);
+            second[size++] = static_cast<int8_t>(i + apart);
+          }
+        }
+      }
+    }
+  }
+};
+
+/// Sorts each of 16 columns, largest first.
 template <typename T>
-T bound_of_best(const T* maxima, int64_t top_k) {
+void sort_columns(T (*values)[kGroups]) {
+  using Vec = Vectorized<T>;
+  constexpr SortingNetwork network;
+  for (int64_t lane = 0; lane < kGroups; lane += Vec::size()) {
+    Vec rows[kGroups];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kGroups; ++i) rows[i] = Vec::loadu(values[i] + lane);
+#pragma GCC unroll 64
+    for (int64_t i = 0; i < network.size; ++i) {
+      Vec &a = rows[network.first[i]], &b = rows[network.second[i]];
+      const Vec larger = at::vec::clamp_min(a, b);
+      b = at::vec::clamp_max(a, b);
+      a = larger;
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kGroups; ++i) rows[i].store(values[i] + lane);
+  }
+}
+
+/// What the K-th best key is not below: the K-th best maximum of a group, from all of them, best
+/// first and `stride` apart; leaves out what is absent.
+template <typename T>
+T bound_of_best(const T* maxima, int64_t stride, int64_t top_k) {
   if (top_k > kGroups) return kLowest<T>;
-  const T reached = kth_largest_of_16(maxima, top_k);
+  const T reached = maxima[(top_k - 1) * stride];
   return reached > kLowest<T> ? reached : kLowest<T>;
 }
 
@@ -265,16 +318,13 @@ int64_t choose_among(const Candidates<T>& passed, const T* keys, const T* x, int
   return choose_by_heap(keys, x, num_experts, bound, top_k, heap, chosen);
 }
 
-/// The same for a row by itself. `keys` is padded with -inf.
+/// The best top_k of few keys, padded with -inf; the others are not worth a bound.
 template <typename T>
-int64_t choose(const T* keys, const T* x, int64_t num_experts, int64_t padded, int64_t top_k,
-               int32_t* heap, int64_t* chosen) {
-  T maxima[kGroups];
+int64_t choose_of_few(const T* keys, int64_t num_keys, int64_t padded, int64_t top_k, int32_t* heap,
+                      int64_t* chosen) {
   Candidates<T> passed;
-  group_maxima(keys, padded, maxima);
-  const T bound = bound_of_best(maxima, top_k);
-  pack_candidates(keys, padded, bound, passed);
-  return choose_among(passed, keys, x, num_experts, bound, top_k, heap, chosen);
+  pack_candidates(keys, padded, kLowest<T>, passed);
+  return choose_among(passed, keys, keys, num_keys, kLowest<T>, top_k, heap, chosen);
 }
 
 }  // namespace

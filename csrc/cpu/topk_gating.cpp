@@ -93,8 +93,7 @@ void limit_groups(const TopKGatingRows<scalar_t>& rows, compute_t<scalar_t>* key
     scores[g] = g < rows.num_groups ? group_score(keys + g * size, size, rows.group_score)
                                     : kNegativeInfinity<T>;
   }
-  const int64_t found =
-      choose(scores, scores, rows.num_groups, padded, rows.group_topk, heap, kept);
+  const int64_t found = choose_of_few(scores, rows.num_groups, padded, rows.group_topk, heap, kept);
   for (int64_t i = 0; i < found; ++i) scores[kept[i]] = kNegativeInfinity<T>;
   for (int64_t g = 0; g < rows.num_groups; ++g) {
     if (!(scores[g] > kNegativeInfinity<T>)) continue;  // kept, or empty
@@ -102,13 +101,14 @@ void limit_groups(const TopKGatingRows<scalar_t>& rows, compute_t<scalar_t>* key
   }
 }
 
-/// Chooses by the keys, whose maxima are given for each row: chunk.keys, or chunk.x.
+/// Chooses by the keys, whose best maxima are given: chunk.keys, or chunk.x.
 template <typename T>
 void choose_experts(const T* keys, int64_t num_experts, int64_t padded, int64_t top_k,
                     int64_t* topk_indices, int32_t* heap, Chunk<T>& chunk) {
   T bounds[kChunkRows];
   Candidates<T> candidates[kChunkRows];
-  for (int64_t r = 0; r < chunk.size; ++r) bounds[r] = bound_of_best(chunk.maxima[r], top_k);
+  for (int64_t r = 0; r < chunk.size; ++r)
+    bounds[r] = bound_of_best(chunk.best_maxima[0] + r, kChunkRows, top_k);
   for (int64_t r = 0; r < chunk.size; ++r) {
     pack_candidates(keys + r * chunk.stride, padded, bounds[r], candidates[r]);
   }
@@ -318,6 +318,7 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
           limit_groups(rows, keys, group_scores, kept, heap);
           group_maxima(keys, padded, chunk.maxima[r]);
         }
+        sort_maxima(chunk);
       }
       choose_experts(keyed ? chunk.keys : chunk.x, num_experts, padded, top_k, rows.topk_indices,
                      heap, chunk);
