@@ -5,7 +5,7 @@
 // interleaved groups of the row bound the K-th largest key from below (the K-th largest of the
 // maxima, of 16 rows at a time by a sorting network), about 1.4 K experts pass that bound and are
 // packed together, and up to 16 of them are put in order by counting how many come before each.
-// Large K, a bias, or rows with many ties go through a heap instead. The steps are separate
+// Large K or rows with many ties go through a heap instead. The steps are separate
 // functions, so that a kernel can take each for several rows before the next: what one row stores
 // in pieces and loads as a whole is in cache then.
 #pragma once
@@ -205,13 +205,22 @@ inline bool are_distinct(__m512i larger, int64_t count) {
   return _mm512_mask_reduce_add_epi32(real, larger) == count * (count - 1) / 2;
 }
 
-/// Adds to the rank of each of the first `count` keys how many equal ones stand before it.
-inline __m512i order_equal(const float* keys, int64_t count, __m512i ranks) {
-  const __m512 all = _mm512_loadu_ps(keys);
-  for (int i = 0; i < count; ++i) {
+/// Adds to the rank of each candidate how many of equal key come before it: those of a larger x,
+/// and, of those with the same, those of a lower index.
+inline __m512i order_equal(const Candidates<float>& passed, const float* x, __m512i ranks) {
+  const auto real = static_cast<__mmask16>((1u << passed.count) - 1);
+  const __m512 keys = _mm512_load_ps(passed.keys);
+  const __m512 logits =
+      _mm512_mask_i32gather_ps(keys, real, _mm512_load_si512(passed.experts), x, sizeof(float));
+  for (int i = 0; i < passed.count; ++i) {
+    const __m512 logit = _mm512_set1_ps(x[passed.experts[i]]);
+    const auto equal = _mm512_cmp_ps_mask(keys, _mm512_set1_ps(passed.keys[i]), _CMP_EQ_OQ);
     const auto behind = static_cast<__mmask16>(0xfffeu << i);
-    const auto equal = _mm512_mask_cmp_ps_mask(behind, _mm512_set1_ps(keys[i]), all, _CMP_EQ_OQ);
-    ranks = _mm512_mask_add_epi32(ranks, equal, ranks, _mm512_set1_epi32(1));
+    const auto after =
+        _mm512_mask_cmp_ps_mask(equal, logits, logit, _CMP_LT_OQ) |
+        _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(equal & behind), logits, logit, _CMP_EQ_OQ);
+    ranks =
+        _mm512_mask_add_epi32(ranks, static_cast<__mmask16>(after), ranks, _mm512_set1_epi32(1));
   }
   return ranks;
 }
@@ -227,34 +236,32 @@ inline void scatter_by_rank(__m512i ranks, __m512i values, int64_t count, int64_
 }
 #endif
 
-/// Writes the best top_k of at most 16 candidates to `chosen`, best first, equal ones by index;
-/// returns how many there were, or -1 if some are equal and `stop_at_equal`. The rank of a
-/// candidate is the number of those before it.
+/// Writes the best top_k of at most 16 candidates to `chosen`, best first; returns how many there
+/// were. Equal keys are in the order of x, then of the index. The rank of a candidate is the number
+/// of those before it.
 template <typename T>
-int64_t choose_by_rank(const Candidates<T>& passed, int64_t top_k, bool stop_at_equal,
-                       int64_t* chosen) {
+int64_t choose_by_rank(const Candidates<T>& passed, const T* x, int64_t top_k, int64_t* chosen) {
   const int64_t found = passed.count < top_k ? passed.count : top_k;
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
     __m512i ranks = count_larger(passed.keys);
     if (!are_distinct(ranks, passed.count)) {
-      if (stop_at_equal) return -1;
-      ranks = order_equal(passed.keys, passed.count, ranks);
+      ranks = order_equal(passed, x, ranks);
     }
     scatter_by_rank(ranks, _mm512_load_si512(passed.experts), found, chosen);
     return found;
   }
 #endif
-  int32_t ranks[kGroups] = {}, equal = 0;
+  T logits[kGroups] = {};
+  for (int32_t i = 0; i < passed.count; ++i) logits[i] = x[passed.experts[i]];
+  int32_t ranks[kGroups] = {};
   for (int32_t i = 0; i < passed.count; ++i) {
-    const T key = passed.keys[i];
+    const T key = passed.keys[i], logit = logits[i];
     for (int32_t j = 0; j < kGroups; ++j) {
-      const bool before = (key == passed.keys[j]) & (i < j);
-      ranks[j] += (key > passed.keys[j]) | before;
-      equal += before;
+      const bool first = (logit > logits[j]) | ((logit == logits[j]) & (i < j));
+      ranks[j] += (key > passed.keys[j]) | ((key == passed.keys[j]) & first);
     }
   }
-  if (stop_at_equal && equal > 0) return -1;
   for (int64_t i = 0; i < passed.count; ++i) {
     if (ranks[i] < found) chosen[ranks[i]] = passed.experts[i];
   }
@@ -311,10 +318,7 @@ int64_t choose_by_heap(const T* keys, const T* x, int64_t num_experts, T bound, 
 template <typename T>
 int64_t choose_among(const Candidates<T>& passed, const T* keys, const T* x, int64_t num_experts,
                      T bound, int64_t top_k, int32_t* heap, int64_t* chosen) {
-  if (passed.count <= kGroups) {
-    const int64_t found = choose_by_rank(passed, top_k, keys != x, chosen);
-    if (found >= 0) return found;
-  }
+  if (passed.count <= kGroups) return choose_by_rank(passed, x, top_k, chosen);
   return choose_by_heap(keys, x, num_experts, bound, top_k, heap, chosen);
 }
 

@@ -17,32 +17,53 @@ namespace {
 
 // ---- which experts ---------------------------------------------------------------------
 
-/// keys = score + bias, above -inf for all that are present; `bias` is padded and above -inf.
-template <ScoreFunction kScore, bool kSoftmax, typename T>
-void keys_of_chunk(int64_t padded, const T* bias, Chunk<T>& chunk) {
+/// keys = score + bias of one row, above -inf for all that are present, and their maxima; `bias` is
+/// padded and above -inf, score_at(e, x) the score of the vector at e.
+template <bool kMayBeLow, typename T, typename ScoreAt>
+void keys_of_row(const T* row, int64_t padded, const T* bias, const ScoreAt& score_at, T* keys,
+                 T* maxima) {
   using Vec = Vectorized<T>;
   constexpr int64_t kParts = kGroups / Vec::size();
-  for (int64_t r = 0; r < chunk.size; ++r) {
-    const int64_t row = r * chunk.stride;
-    const Vec inverse(kSoftmax ? T(1) / chunk.totals[r] : T(0));
-    Vec best[kParts];
-    for (auto& b : best) b = Vec(kNegativeInfinity<T>);
-    for (int64_t e = 0; e < padded; e += kGroups) {
+  Vec best[kParts];
+  for (auto& b : best) b = Vec(kNegativeInfinity<T>);
+  for (int64_t e = 0; e < padded; e += kGroups) {
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kParts; ++i) {
-        const int64_t at = e + i * Vec::size();
-        const Vec x = Vec::loadu(chunk.x + row + at);
-        const Vec s = kSoftmax ? Vec::loadu(chunk.exps + row + at) * inverse : score<kScore>(x);
-        Vec present = s + Vec::loadu(bias + at);
-        if constexpr (kScore == ScoreFunction::kIdentity && !kSoftmax)  // other scores are >= 0
-          present = at::vec::clamp_min(present, Vec(kLowest<T>));
-        const Vec key = unless_absent(x, present);
-        key.store(chunk.keys + row + at);
-        best[i] = at::vec::clamp_min(best[i], key);
-      }
+    for (int64_t i = 0; i < kParts; ++i) {
+      const int64_t at = e + i * Vec::size();
+      const Vec x = Vec::loadu(row + at);
+      Vec present = score_at(at, x) + Vec::loadu(bias + at);
+      if constexpr (kMayBeLow) present = at::vec::clamp_min(present, Vec(kLowest<T>));
+      const Vec key = unless_absent(x, present);
+      key.store(keys + at);
+      best[i] = at::vec::clamp_min(best[i], key);
     }
-    for (int64_t i = 0; i < kParts; ++i) best[i].store(chunk.maxima[r] + i * Vec::size());
   }
+  for (int64_t i = 0; i < kParts; ++i) best[i].store(maxima + i * Vec::size());
+}
+
+/// The same for a whole chunk.
+template <typename T>
+void keys_of_chunk(ScoreFunction score_function, int64_t padded, const T* bias, Chunk<T>& chunk) {
+  using Vec = Vectorized<T>;
+  if (score_function == ScoreFunction::kSoftmax) {
+    for (int64_t r = 0; r < chunk.size; ++r) {
+      const T* const exps = chunk.exps + r * chunk.stride;
+      const Vec inverse(T(1) / chunk.totals[r]);
+      keys_of_row<false>(
+          chunk.x + r * chunk.stride, padded, bias,
+          [&](int64_t e, Vec) { return Vec::loadu(exps + e) * inverse; },
+          chunk.keys + r * chunk.stride, chunk.maxima[r]);
+    }
+    return;
+  }
+  with_score(score_function, [&](auto constant) {
+    constexpr ScoreFunction kScore = constant;
+    for (int64_t r = 0; r < chunk.size; ++r) {
+      keys_of_row<kScore == ScoreFunction::kIdentity>(  // other scores are >= 0
+          chunk.x + r * chunk.stride, padded, bias, [](int64_t, Vec x) { return score<kScore>(x); },
+          chunk.keys + r * chunk.stride, chunk.maxima[r]);
+    }
+  });
 }
 
 /// The score of a group from the keys of its experts; -inf if none is present.
@@ -109,15 +130,64 @@ void choose_experts(const T* keys, int64_t num_experts, int64_t padded, int64_t 
   Candidates<T> candidates[kChunkRows];
   for (int64_t r = 0; r < chunk.size; ++r)
     bounds[r] = bound_of_best(chunk.best_maxima[0] + r, kChunkRows, top_k);
-  for (int64_t r = 0; r < chunk.size; ++r) {
+  for (int64_t r = 0; r < chunk.size; ++r)
     pack_candidates(keys + r * chunk.stride, padded, bounds[r], candidates[r]);
-  }
   for (int64_t r = 0; r < chunk.size; ++r) {
     const int64_t row = r * chunk.stride;
     chunk.found[r] = choose_among(candidates[r], keys + row, chunk.x + row, num_experts, bounds[r],
                                   top_k, heap, topk_indices + chunk.tokens[r] * top_k);
   }
 }
+
+#if defined(CPU_CAPABILITY_AVX512)
+/// Chooses by the keys sigmoid(x) + bias, without the exact sigmoid of every expert: rough keys
+/// leave few candidates, whose exact keys decide. With rough keys off by less than d, the K-th best
+/// exact key is not below the bound of the rough ones - d, and who reaches that has a rough key not
+/// below the bound - 2 d; the sum with the bias is rounded besides.
+inline void choose_by_sigmoid(int64_t num_experts, int64_t padded, const float* bias, int64_t top_k,
+                              int64_t* topk_indices, int32_t* heap, Chunk<float>& chunk) {
+  using Vec = Vectorized<float>;
+  for (int64_t r = 0; r < chunk.size; ++r) {
+    keys_of_row<false>(
+        chunk.x + r * chunk.stride, padded, bias,
+        [](int64_t, Vec x) { return Vec(rough_sigmoid(x)); }, chunk.keys + r * chunk.stride,
+        chunk.maxima[r]);
+  }
+  sort_maxima(chunk);
+  float bounds[kChunkRows];
+  Candidates<float> candidates[kChunkRows];
+  for (int64_t r = 0; r < chunk.size; ++r) {
+    constexpr float kHighest = -kLowest<float>, kRounding = 1e-6f;
+    float bound = bound_of_best(chunk.best_maxima[0] + r, kChunkRows, top_k);
+    if (bound > kHighest) bound = kHighest;
+    bound -= 2 * kRoughSigmoidError + kRounding * __builtin_fabsf(bound);
+    bounds[r] = bound > kLowest<float> ? bound : kLowest<float>;
+  }
+  for (int64_t r = 0; r < chunk.size; ++r)
+    pack_candidates(chunk.keys + r * chunk.stride, padded, bounds[r], candidates[r]);
+  const auto exact = [](int64_t, Vec x) { return score<ScoreFunction::kSigmoid>(x); };
+  for (int64_t r = 0; r < chunk.size; ++r) {
+    Candidates<float>& passed = candidates[r];
+    const float* const x = chunk.x + r * chunk.stride;
+    if (passed.count > kGroups) {
+      keys_of_row<false>(x, padded, bias, exact, chunk.keys + r * chunk.stride, chunk.maxima[r]);
+      continue;
+    }
+    const auto real = static_cast<__mmask16>((1u << passed.count) - 1);
+    const __m512 absent = _mm512_set1_ps(kNegativeInfinity<float>);
+    const __m512i experts = _mm512_load_si512(passed.experts);
+    const __m512 logits = _mm512_mask_i32gather_ps(absent, real, experts, x, sizeof(float));
+    const __m512 biases = _mm512_mask_i32gather_ps(absent, real, experts, bias, sizeof(float));
+    const Vec key = exact(0, logits) + Vec(biases);
+    _mm512_store_ps(passed.keys, _mm512_mask_mov_ps(absent, real, key));
+  }
+  for (int64_t r = 0; r < chunk.size; ++r) {
+    const int64_t row = r * chunk.stride;
+    chunk.found[r] = choose_among(candidates[r], chunk.keys + row, chunk.x + row, num_experts,
+                                  bounds[r], top_k, heap, topk_indices + chunk.tokens[r] * top_k);
+  }
+}
+#endif
 
 /// Takes the experts given for one row, without those that are absent; returns how many there are.
 template <typename T>
@@ -263,6 +333,10 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
   const bool softmax = rows.score_function == ScoreFunction::kSoftmax;
   const bool keyed = !forced && (rows.expert_bias != nullptr || rows.num_groups > 1);
   const bool need_exps = stats || (softmax && (keyed || !rows.norm_topk_prob));
+#if defined(CPU_CAPABILITY_AVX512)
+  const bool rough = std::is_same_v<T, float> && rows.num_groups == 1 && top_k <= kGroups &&
+                     rows.score_function == ScoreFunction::kSigmoid;
+#endif
   const bool best_first = !keyed && !forced;  // the best expert is sure to be the first chosen
   const bool from_exps = softmax && need_exps && (!rows.norm_topk_prob || best_first);
 
@@ -306,22 +380,23 @@ void topk_gating_rows(const TopKGatingRows<scalar_t>& rows, int64_t begin, int64
                                      rows.topk_indices + slot);
       }
     } else {
-      if (keyed) {
-        if (softmax) {
-          keys_of_chunk<ScoreFunction::kIdentity, true>(padded, bias, chunk);
-        } else {
-          with_score(rows.score_function,
-                     [&](auto kScore) { keys_of_chunk<kScore, false>(padded, bias, chunk); });
-        }
+      if (!keyed) {
+        choose_experts(chunk.x, num_experts, padded, top_k, rows.topk_indices, heap, chunk);
+#if defined(CPU_CAPABILITY_AVX512)
+      } else if (rough) {
+        if constexpr (std::is_same_v<T, float>)
+          choose_by_sigmoid(num_experts, padded, bias, top_k, rows.topk_indices, heap, chunk);
+#endif
+      } else {
+        keys_of_chunk(rows.score_function, padded, bias, chunk);
         for (int64_t r = 0; rows.num_groups > 1 && r < chunk.size; ++r) {
           T* const keys = chunk.keys + r * chunk.stride;
           limit_groups(rows, keys, group_scores, kept, heap);
           group_maxima(keys, padded, chunk.maxima[r]);
         }
         sort_maxima(chunk);
+        choose_experts(chunk.keys, num_experts, padded, top_k, rows.topk_indices, heap, chunk);
       }
-      choose_experts(keyed ? chunk.keys : chunk.x, num_experts, padded, top_k, rows.topk_indices,
-                     heap, chunk);
     }
 
     const int64_t segment = chunk.segment - totals.first_segment;
