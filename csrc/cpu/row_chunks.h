@@ -18,10 +18,10 @@ constexpr double kInfinityCounts = 1e18;
 
 /// NaN becomes -inf (absent) and is noted; +inf becomes a number whose square is still finite.
 template <typename T>
-Vectorized<T> sanitize(Vectorized<T> x, bool& nan_seen) {
+Vectorized<T> sanitize(Vectorized<T> x, int& nan_seen) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
-    nan_seen |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0;
+    nan_seen |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     const __m512 present =
         _mm512_max_ps(x, _mm512_set1_ps(kNegativeInfinity<float>));  // of a NaN: the second
     return _mm512_min_ps(present, _mm512_set1_ps(static_cast<float>(kInfinityCounts)));
@@ -50,7 +50,7 @@ bool load_row(const scalar_t* row, const scalar_t* noise, int64_t num_experts,
   constexpr int64_t kParts = In::size() / Vec::size();  // vectors of T in one of scalar_t
   constexpr int64_t kPerGroup = kGroups / Vec::size();  // vectors of T in 16 elements
   constexpr int64_t kBest = kParts > kPerGroup ? kParts : kPerGroup;  // a multiple of both
-  bool nan_seen = false;
+  int nan_seen = 0;
   Vec best[kBest];
   for (auto& b : best) b = Vec(kNegativeInfinity<T>);
   const auto widen = [](const In& in, Vec(&parts)[kParts]) __attribute__((always_inline)) {
@@ -106,7 +106,7 @@ bool load_row(const scalar_t* row, const scalar_t* noise, int64_t num_experts,
     best[i % kPerGroup] = at::vec::clamp_min(best[i % kPerGroup], best[i]);
 #pragma GCC unroll 4
   for (int64_t i = 0; i < kPerGroup; ++i) best[i].store(maxima + i * Vec::size());
-  return nan_seen;
+  return nan_seen != 0;
 }
 
 /// Rounds one row of results to the logits' type.

@@ -161,19 +161,21 @@ struct Candidates {
   int64_t count;  // of more than 16, only this is known
 };
 
-/// Finds the experts whose key reaches `bound`.
-template <typename T>
+/// Finds the experts whose key reaches `bound`; without kWithKeys it leaves their keys out.
+template <bool kWithKeys = true, typename T>
 void pack_candidates(const T* keys, int64_t padded, T bound, Candidates<T>& passed) {
   int64_t count = 0;
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
     const __m512 absent = _mm512_set1_ps(kNegativeInfinity<float>);
     __m512i expert = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma GCC unroll 2
     for (int64_t e = 0; e < padded; e += kGroups) {
       const __m512 key = _mm512_loadu_ps(keys + e);
       const __mmask16 reaches = _mm512_cmp_ps_mask(key, _mm512_set1_ps(bound), _CMP_GE_OQ);
       const int64_t at = count < kGroups ? count : kGroups;
-      _mm512_storeu_ps(passed.keys + at, _mm512_mask_compress_ps(absent, reaches, key));
+      if constexpr (kWithKeys)
+        _mm512_storeu_ps(passed.keys + at, _mm512_mask_compress_ps(absent, reaches, key));
       _mm512_storeu_si512(passed.experts + at, _mm512_maskz_compress_epi32(reaches, expert));
       count += __builtin_popcount(reaches);
       expert = _mm512_add_epi32(expert, _mm512_set1_epi32(kGroups));

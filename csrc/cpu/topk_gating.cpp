@@ -26,6 +26,7 @@ void keys_of_row(const T* row, int64_t padded, const T* bias, const ScoreAt& sco
   constexpr int64_t kParts = kGroups / Vec::size();
   Vec best[kParts];
   for (auto& b : best) b = Vec(kNegativeInfinity<T>);
+#pragma GCC unroll 2
   for (int64_t e = 0; e < padded; e += kGroups) {
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kParts; ++i) {
@@ -164,7 +165,7 @@ inline void choose_by_sigmoid(int64_t num_experts, int64_t padded, const float* 
     bounds[r] = bound > kLowest<float> ? bound : kLowest<float>;
   }
   for (int64_t r = 0; r < chunk.size; ++r)
-    pack_candidates(chunk.keys + r * chunk.stride, padded, bounds[r], candidates[r]);
+    pack_candidates<false>(chunk.keys + r * chunk.stride, padded, bounds[r], candidates[r]);
   const auto exact = [](int64_t, Vec x) { return score<ScoreFunction::kSigmoid>(x); };
   for (int64_t r = 0; r < chunk.size; ++r) {
     Candidates<float>& passed = candidates[r];
