@@ -181,7 +181,9 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
   for (int64_t e = 0; e < part; ++e) a[e] = 0;
   T grad_lse_squared = 0, grad_entropy = 0;
   const bool curved = is_curved(rows.score_function);
-  T* const y = curved ? chunk.keys : chunk.x;  // where the gradient is written, too
+  T* const y = curved ? chunk.keys : chunk.x;
+  // Where rows need no rounding and no padding, the gradient is not made in the place of y first.
+  const bool direct = std::is_same_v<scalar_t, T> && padded == num_experts;
 
   const auto settle = [&](int64_t token) {
     __builtin_memset(rows.grad_logits + token * num_experts, 0, num_experts * sizeof(scalar_t));
@@ -247,19 +249,24 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
     for (int64_t r = 0; r < chunk.size; ++r) {
       const T* const x = chunk.x + r * chunk.stride;
       const T* const exps = chunk.exps + r * chunk.stride;
-      T* const out = y + r * chunk.stride;
-      const T inverse = T(1) / chunk.totals[r];
-      const Vec weight(chunk.token_weights[r]), shared(common[r]), share(inverse);
-      const Vec of_entropy(chunk.token_weights[r] * grad_entropy);
-      with_score(rows.score_function, [&](auto kScore) {
+      T* const y_row = y + r * chunk.stride;
+      scalar_t* const grad_row = rows.grad_logits + chunk.tokens[r] * num_experts;
+      T* const out = direct ? reinterpret_cast<T*>(grad_row) : y_row;
+      const Vec weight(chunk.token_weights[r]), shared(common[r]), share(T(1) / chunk.totals[r]);
+      const Vec of_entropy(chunk.token_weights[r] * grad_entropy), peak(chunk.peaks[r]);
+      const auto dense = [&](auto kScore, auto kEntropy) {
         for (int64_t e = 0; e < padded; e += Vec::size()) {
-          const Vec slope = at::vec::fmadd(weight, Vec::loadu(a + e), shared) -
-                            of_entropy * from_peak(Vec::loadu(out + e), Vec(chunk.peaks[r]));
+          Vec slope = at::vec::fmadd(weight, Vec::loadu(a + e), shared);
+          if constexpr (kEntropy)
+            slope = slope - of_entropy * from_peak(Vec::loadu(y_row + e), peak);
           Vec grad = Vec::loadu(exps + e) * share * slope;
           if constexpr (kScore != ScoreFunction::kIdentity)
             grad = grad * log_score_slope<kScore>(Vec::loadu(x + e));
           grad.store(out + e);
         }
+      };
+      with_score(rows.score_function, [&](auto kScore) {
+        grad_entropy != 0 ? dense(kScore, std::true_type{}) : dense(kScore, std::false_type{});
       });
       if (curved && needs_lse) {
         const Vec of_lse(grad_lse[r] / totals_of_x[r]);
@@ -273,7 +280,7 @@ void topk_gating_backward_rows(const TopKGatingBackwardRows<scalar_t>& rows, int
           out[expert] += slot_memory.values[k * kChunkRows + r];
         });
       }
-      store_row(out, num_experts, rows.grad_logits + chunk.tokens[r] * num_experts);
+      if (!direct) store_row(out, num_experts, grad_row);
     }
   }
 }
