@@ -919,6 +919,18 @@ def test_gradient_notices_what_was_changed_in_place(changed):
         routing.sums.sum().backward()
 
 
+@pytest.mark.cpu_only("about a shortcut of the CPU kernel for at most 16 choices")
+def test_rough_sigmoid_keys_choose_like_exact_ones():
+    torch.manual_seed(2)
+    for scale, num_experts in ((1.0, 256), (1e-3, 64), (8.0, 100)):
+        x = torch.randn(500, num_experts) * scale
+        x[::7, ::3] = float("-inf")
+        for bias in (torch.randn(num_experts) * width for width in (0.0, 1e-4, 0.1, 1e5, 3e38)):
+            given = dict(score_function="sigmoid", expert_bias=bias)
+            exact = F.topk_gating(x, 17, **given).topk_indices
+            assert torch.equal(F.topk_gating(x, 8, **given).topk_indices, exact[:, :8])
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 INTEGERS = torch.zeros(2, dtype=torch.long)
