@@ -134,7 +134,7 @@ constexpr int64_t kChunkLogits = 2048;  // with as many exps they fill half of a
 template <typename T>
 struct Chunk {
   T *x, *exps, *keys;  // [capacity, stride]
-  T* scratch;          // what they left of it, aligned as a vector
+  T* scratch;          // what they left of it
   int64_t stride;
   int64_t capacity;
   int64_t size;
@@ -151,12 +151,11 @@ struct Chunk {
   alignas(64) T short_rows[3][kChunkLogits];
 
   Chunk(int64_t num_experts, T* given) : stride(padded_experts(num_experts)) {
-    T* const aligned = align_scratch(given);
     const bool fits = stride <= kChunkLogits;
-    x = fits ? short_rows[0] : aligned;
-    exps = fits ? short_rows[1] : aligned + stride;
-    keys = fits ? short_rows[2] : aligned + 2 * stride;
-    scratch = fits ? aligned : aligned + 3 * stride;
+    x = fits ? short_rows[0] : given;
+    exps = fits ? short_rows[1] : given + stride;
+    keys = fits ? short_rows[2] : given + 2 * stride;
+    scratch = fits ? given : given + 3 * stride;
     capacity = fits ? kChunkLogits / stride : 1;
     if (capacity > kChunkRows) capacity = kChunkRows;
   }

@@ -21,16 +21,9 @@ inline constexpr int64_t padded_experts(int64_t num_experts) {
 }
 /// Tokens that are worked on together, at most.
 inline constexpr int64_t kChunkRows = 16;
-/// Scratch that one call needs, in elements of the compute type.
+/// Scratch that one call needs, in elements of the compute type; it is aligned as a vector.
 inline constexpr int64_t topk_gating_scratch(int64_t num_experts, int64_t top_k) {
   return 9 * (padded_experts(num_experts) + kRowPadding) + 3 * kChunkRows * top_k;
-}
-/// The first place in `scratch` that is aligned as a vector.
-template <typename T>
-T* align_scratch(T* scratch) {
-  constexpr uintptr_t kAlignment = 64;
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(scratch) + kAlignment - 1) &
-                              ~(kAlignment - 1));
 }
 
 /// What both directions know of the tokens. A row is logits + noise.

@@ -119,7 +119,7 @@ void sparse_backward(const TopKGatingBackwardRows<scalar_t>& rows, int64_t begin
                      compute_t<scalar_t>* scratch) {
   using T = compute_t<scalar_t>;
   const int64_t num_experts = rows.num_experts, top_k = rows.top_k;
-  SlotMemory<T> memory(top_k, align_scratch(scratch));
+  SlotMemory<T> memory(top_k, scratch);
   const auto takes_part = [&](int64_t token) {
     return rows.grad_weights != nullptr &&
            (rows.token_weights == nullptr || rows.token_weights[token] > 0);

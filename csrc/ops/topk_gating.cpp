@@ -477,15 +477,21 @@ template <typename T>
 class Scratch {
  public:
   Scratch(int64_t num_experts, int64_t top_k) {
-    const int64_t size = cpu::topk_gating_scratch(num_experts, top_k);
-    if (size > kOnStack) on_heap_.reset(new T[size]);
+    const int64_t needed = lines(cpu::topk_gating_scratch(num_experts, top_k));
+    if (needed > kOnStack) on_heap_.reset(new Line[needed]);
   }
-  T* get() { return on_heap_ ? on_heap_.get() : on_stack_; }
+  T* get() { return (on_heap_ ? on_heap_.get() : on_stack_)->values; }
 
  private:
-  static constexpr int64_t kOnStack = cpu::topk_gating_scratch(256, 8);
-  alignas(64) T on_stack_[kOnStack];
-  std::unique_ptr<T[]> on_heap_;
+  struct alignas(64) Line {  // the widest vector
+    T values[64 / sizeof(T)];
+  };
+  static constexpr int64_t lines(int64_t size) {
+    return (size * static_cast<int64_t>(sizeof(T)) + 63) / 64;
+  }
+  static constexpr int64_t kOnStack = lines(cpu::topk_gating_scratch(256, 8));
+  Line on_stack_[kOnStack];
+  std::unique_ptr<Line[]> on_heap_;
 };
 
 void topk_gating_cpu(const TopKGatingArguments& arguments, const TopKGatingOutputs& outputs) {
