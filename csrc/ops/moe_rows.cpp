@@ -4,13 +4,13 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "../cpu/dispatch.h"
 #include "../cpu/moe_rows.h"
+#include "../huge_pages.h"
 #include "../optional_tensor.h"
 
 EQUIPOISE_DECLARE_CPU_KERNEL(template <typename scalar_t, typename weight_t>
@@ -26,18 +26,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-/// Asks for huge pages under a large fresh output: it was mapped just now, and touching it first in
-/// 4 KiB faults is many times slower than the copy itself. Advice only; the contents do not change.
-void advise_huge_pages(const Tensor& out) {
-#ifdef MADV_HUGEPAGE
-  constexpr size_t kLarge = size_t{4} << 20, kPage = 4096;
-  if (out.nbytes() < kLarge) return;
-  const auto begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kPage - 1) / kPage * kPage;
-  const auto end = (reinterpret_cast<uintptr_t>(out.data_ptr()) + out.nbytes()) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 /// Tokens that are worth a thread of their own.
 int64_t grain(int64_t top_k, int64_t width) {

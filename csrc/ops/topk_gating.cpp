@@ -30,6 +30,7 @@
 #include "../checks.h"
 #include "../cpu/dispatch.h"
 #include "../cpu/topk_gating.h"
+#include "../huge_pages.h"
 #include "../library.h"
 #include "../optional_tensor.h"
 #include "topk_gating_arguments.h"
@@ -563,6 +564,7 @@ void topk_gating_backward_cpu(const TopKGatingBackwardArguments& arguments,
   const int64_t num_tokens = arguments.logits.size(0), num_experts = arguments.logits.size(1);
   const int64_t grain = std::max<int64_t>(1, kSerialLogits / num_experts);
   check_segment_values(arguments.segment_ids, arguments.num_segments);
+  advise_huge_pages(grad_logits);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, arguments.logits.scalar_type(), kOp, [&] {
         using T = cpu::compute_t<scalar_t>;
