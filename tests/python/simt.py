@@ -15,6 +15,7 @@ class Simt:
     """Loads the library, which registers torch.ops.equipoise_simt, and steers its scheduler."""
 
     def __init__(self, path: str):
+        self.path = path
         torch.ops.load_library(path)
         self._library = ctypes.CDLL(path)
         self._library.simt_launches.restype = ctypes.c_int64
