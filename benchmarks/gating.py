@@ -7,31 +7,36 @@
     gating.py --full             the whole grid, which takes hours
     gating.py --tokens 1 --sizes 8x2     that part of the grid; also --cases, --threads, --dtypes
 
-Every contestant (contestants.py) is checked against float64 before it is timed; who fails is
-reported as wrong and not timed. All calls of a row take turns in random order, one sample each per
-round, so that a ratio compares samples taken close together; a time is the median of the rounds.
-`floor` is the time to read the logits once; for forward+backward, to read them twice and to write
-as much once.
+Every contestant (contestants.py) is checked against float64 before it is timed (harness.py); who
+fails is reported as wrong and not timed. `floor` is the time to read the logits once; for
+forward+backward, to read them twice and to write as much once.
 """
 
 import argparse
-import gc
 import itertools
-import os
-import platform
 import random
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from contestants import CASES, CONTESTANTS, KEY_TOLERANCE, Cell, Gate, Routing, installed, make_cell
+from harness import (
+    TOLERANCE,
+    Call,
+    Times,
+    Verdict,
+    Wrong,
+    compare,
+    measure,
+    median_us,
+    print_machine,
+    print_verdicts,
+    ratio,
+)
 from torch import Tensor
 
-import equipoise
 from equipoise import reference
 
 GRID = {
@@ -48,12 +53,7 @@ SMALL_GRID = {
     "sizes": [(128, 8), (256, 8)],
     "cases": list(CASES),
 }
-SAMPLE_SECONDS = 4e-3  # short calls are repeated until a sample lasts this long
-# Relative, by the dtype of a result; peers round to bfloat16 after each step.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 
-Call = Callable[[], object]
-Times = dict[str, list[float]]  # per contestant, one for each round
 PASSES = ("forward", "forward+backward")
 
 
@@ -68,18 +68,6 @@ class Row(NamedTuple):
 
 
 # ---- checks -------------------------------------------------------------------------------------
-class Wrong(Exception):
-    """A contestant computes something else."""
-
-
-def compare(what: str, got: Tensor, want: Tensor, allowed: Tensor | float) -> None:
-    if got.shape != want.shape:
-        raise Wrong(f"{what}: shape {list(got.shape)}, not {list(want.shape)}")
-    difference = (got.double() - want.double()).abs()
-    if not bool((difference <= allowed).all()):
-        raise Wrong(f"{what} off by up to {difference.max().item():.1e}")
-
-
 def differentiable(cell: Cell, routing: Routing) -> list[Tensor]:
     return [routing.topk_weights] + ([routing.prob_sum] if cell.case.stats else [])
 
@@ -145,37 +133,6 @@ def check(cell: Cell, gate: Gate) -> list[Tensor]:
 
 
 # ---- timing -------------------------------------------------------------------------------------
-def sample(call: Call, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
-def measure(
-    calls: dict[str, Call], rounds: int, before: Callable[[str], object] | None = None
-) -> Times:
-    """`before` is run, untimed and with one more call after it, ahead of each sample."""
-    before = before or (lambda name: None)
-    repeats = {}
-    for name, call in calls.items():
-        before(name)
-        sample(call, 3)  # warm up
-        repeats[name] = max(1, round(SAMPLE_SECONDS / sample(call, 3)))
-        sample(call, repeats[name])
-    times = {name: [] for name in calls}
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            for name in random.sample(list(calls), len(calls)):
-                before(name)
-                times[name].append(sample(calls[name], repeats[name]))
-    finally:
-        gc.enable()
-    return times
-
-
 def memory_floor(cell: Cell, backward: bool) -> Call:
     memory = cell.logits.detach().view(torch.float32).flatten()  # bfloat16 as pairs
     if not backward:
@@ -195,17 +152,6 @@ def timed_calls(cell: Cell, gate: Gate, grads: list[Tensor]) -> tuple[Call, Call
         return torch.autograd.grad(differentiable(cell, gate(logits)), logits, grads)
 
     return forward, forward_backward
-
-
-def median_us(values: list[float]) -> float:
-    return statistics.median(values) * 1e6
-
-
-def ratio(times: Times, slow: str, fast: str) -> tuple[float, float]:
-    """Of the medians; and the median of the rounds' ratios, less moved by a change of clock."""
-    rounds = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
-    of_medians = statistics.median(times[slow]) / statistics.median(times[fast])
-    return of_medians, statistics.median(rounds)
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -280,25 +226,6 @@ def grid_rows(grid: dict[str, list]) -> Iterator[Row]:
 
 
 # ---- demands ------------------------------------------------------------------------------------
-class Verdict(NamedTuple):
-    what: str
-    wanted: float
-    measured: float | None
-    detail: str
-    at_most: bool = False
-
-    def __str__(self) -> str:
-        measured, met = "-", False
-        if self.measured is not None:
-            measured = f"{self.measured:.2f}"
-            sign = -1 if self.at_most else 1
-            met = sign * float(measured) >= sign * self.wanted
-        verdict = "ok" if met else "SHORT"
-        return (
-            f"{self.what:<70} {self.wanted:>6} {measured:>8}  {verdict:<5}  {self.detail}".rstrip()
-        )
-
-
 # case, (E, K), backward, at least this many times faster than eager at T=4096 on one thread
 RATIOS = [
     ("weights", (8, 2), False, 10),
@@ -432,12 +359,7 @@ def main() -> int:
     only_grid = args.full or bool(chosen.keys() & {"tokens", "sizes", "cases"})
     everything = not (args.demands or args.token or only_grid)
     dtypes = chosen.get("dtypes", GRID["dtypes"])
-    print(
-        f"equipoise {equipoise.__version__}, torch {torch.__version__}, {platform.machine()} with "
-        f"{torch.backends.cpu.get_cpu_capability()}; microseconds per call, median of {args.rounds}"
-    )
-    if (load := os.getloadavg()[0]) > 0.5:
-        print(f"the machine is busy (load {load:.1f}): the figures will be off")
+    print_machine(args.rounds)
     grid = Table(args.contestants or installed(), args.rounds, args.seed)
     if only_grid or everything:
         grid.run(grid_rows((GRID if only_grid else SMALL_GRID) | chosen))
@@ -449,7 +371,7 @@ def main() -> int:
     if args.demands or args.token or everything:
         verdicts += one_token(table, dtypes)
     if verdicts:
-        print(f"\n{'demands':<70} {'wanted':>6} {'measured':>8}", *verdicts, sep="\n")
+        print_verdicts(verdicts)
     return int("equipoise" in grid.failed | table.failed)
 
 
