@@ -360,11 +360,11 @@ def count_tables(contest: Contest, args: argparse.Namespace) -> Iterator[Verdict
         torch.manual_seed(args.seed)
         indices = random_indices(row.num_tokens, row.num_experts, TOP_K)
         want = reference.expert_bincount(indices, row.num_experts)
-        memory = torch.ones(indices.numel(), dtype=torch.float64)  # as much as the indices
+        memory = torch.ones(indices.numel(), dtype=torch.float64).chunk(2)  # as large as they are
         what = f"expert_bincount, T={row.num_tokens} K={TOP_K} E={row.num_experts}"
         times = contest.run(
             f"{what}, threads: {row.threads}",
-            lambda memory=memory: torch.dot(*memory.chunk(2)),
+            lambda memory=memory: torch.dot(*memory),
             count_calls(indices, row.num_experts),
             lambda got, want=want: compare("counts", got, want, 0),
         )
