@@ -124,8 +124,9 @@ struct Forward : Rows<scalar_t> {
   }
 };
 
-// After the last row: the last block to arrive writes what belongs to no single token.
-template <typename scalar_t>
+// After the last row: the last block to arrive writes what belongs to no single token. What an
+// instance of the kernel never has is left out of its code, which would need more registers.
+template <bool kStats, bool kSegments, typename scalar_t>
 __device__ void write_totals(const Forward<scalar_t>& f) {
   const auto sums_of = [&](int64_t segment) {
     return f.sums + segment * RoutingSums::width(f.experts);
@@ -136,12 +137,14 @@ __device__ void write_totals(const Forward<scalar_t>& f) {
     const int64_t left_out = column < tail ? 0 : RoutingSums::weight(f.experts) - tail;
     sums_of(segment)[column + left_out] = sum;
   };
-  if (!sum_block_rows(f.block_sums, f.sums_width(), f.tickets, finish, f.written, f.segments))
+  if (!sum_block_rows(f.block_sums, kStats ? f.sums_width() : 0, f.tickets, finish,
+                      kSegments ? f.written : nullptr, f.segments)) {
     return;
+  }
   for (int64_t i = threadIdx.x; i < f.segments * f.experts; i += blockDim.x) {
     const auto count = f.counts[i];
     f.tokens_per_expert[i] = static_cast<int64_t>(count);
-    if (f.sums == nullptr || f.token_weights != nullptr) continue;
+    if (!kStats || f.sums == nullptr || f.token_weights != nullptr) continue;
     const int64_t segment = f.segment_ids == nullptr ? 0 : i / f.experts;
     const int64_t e = i - segment * f.experts;
     sums_of(segment)[RoutingSums::load(f.experts) + e] = count;
@@ -617,7 +620,7 @@ __global__ void __launch_bounds__(kThreads, team_blocks(Team::kItems, kStats, kG
     }
     flush(0);
   }
-  write_totals(f);
+  write_totals<kStats, kGeneral>(f);
 }
 
 // ---- more experts, or float64: a block per row -------------------------------------------------
@@ -832,7 +835,7 @@ __global__ void __launch_bounds__(kThreads, 2) topk_gating_block_kernel(const Fo
     __syncthreads();  // before another thread adds to the same load
   }
   write_tail();
-  write_totals(f);
+  write_totals<true, true>(f);
 }
 
 // ---- host --------------------------------------------------------------------------------------
