@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// moe_permute on CUDA: stable counting sort of the (token, slot) pairs by expert, and the copy of
-// the rows in that order; see ../csrc/ops/moe_permute.h.
+// moe_permute on CUDA: stable counting sort of the (token, slot) pairs by expert; see
+// ../csrc/ops/moe_permute.h. moe_rows.cu then moves the rows.
 //
 // The pairs are cut into contiguous segments. counts[e][s] says how many pairs of segment s go to
 // expert e; its exclusive prefix in memory order is where the first of them belongs; a warp per
 // segment then walks through its pairs in order and hands out the places. Up to kOneBlockPairs
-// pairs one block does all three steps, otherwise there is a kernel for each. Rows travel 16 bytes
-// a thread: x is read once and written K times.
-#include <ATen/Dispatch.h>
+// pairs one block does all three steps, otherwise there is a kernel for each.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -16,12 +14,10 @@
 
 #include <algorithm>
 #include <limits>
-#include <type_traits>
 
 #include "block.cuh"
 #include "host.h"
 #include "launch.cuh"
-#include "rows.cuh"
 #include "warp.cuh"
 
 namespace equipoise {
@@ -30,8 +26,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kSortThreads = 1024;
 constexpr int64_t kOneBlockPairs = 8192;
-
-// ---- where each pair goes ----------------------------------------------------------------------
 
 struct Sort {
   const int64_t* indices;      // [pairs]
@@ -176,94 +170,6 @@ void sort_pairs(Sort sort, const at::Tensor& like) {
   sort_in_three_steps(sort, like);
 }
 
-// ---- rows --------------------------------------------------------------------------------------
-
-template <typename scalar_t>
-struct Scatter {
-  const scalar_t* x;  // [T, H]
-  int64_t x_stride;
-  const int64_t* row_id_map;  // [T, K]
-  RowWeights<scalar_t> weights;
-  bool weighted;
-  scalar_t* rows;  // [N, H]
-  bool* filled;    // [N], false at first
-  int64_t tokens, top_k, num_rows, width;
-};
-
-// A thread takes kSize columns of a token to its K rows.
-template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kThreads) moe_scatter_rows_kernel(const Scatter<scalar_t> s) {
-  using compute_t = compute_type<scalar_t>;
-  const int64_t pieces = s.width / kSize;  // of a row
-  const int64_t piece = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-  const int64_t token = piece / pieces, column = piece % pieces * kSize;
-  if (token >= s.tokens) return;
-  const auto x = Piece<scalar_t, kSize>::load(s.x + token * s.x_stride + column);
-  for (int64_t slot = token * s.top_k; slot < (token + 1) * s.top_k; ++slot) {
-    const int64_t row = s.row_id_map[slot];
-    if (row < 0 || row >= s.num_rows) continue;
-    auto scaled = x;
-    if (s.weighted) {
-      const compute_t weight = s.weights[slot];
-#pragma unroll
-      for (scalar_t& value : scaled.values) {
-        value = static_cast<scalar_t>(weight * static_cast<compute_t>(value));
-      }
-    }
-    scaled.store(s.rows + row * s.width + column);
-    if (column == 0) s.filled[row] = true;
-  }
-}
-
-// Zeroes the rows that no slot filled. Each warp looks at 32 rows at once: most often all are
-// filled.
-template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kThreads) moe_zero_rows_kernel(const Scatter<scalar_t> s) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t first = blockIdx.x * int64_t{kThreads} + threadIdx.x - lane;
-  const bool is_empty = first + lane < s.num_rows && !s.filled[first + lane];
-  for (unsigned rest = __ballot_sync(kFullMask, is_empty); rest != 0; rest &= rest - 1) {
-    scalar_t* row = s.rows + (first + __ffs(rest) - 1) * s.width;
-    for (int64_t column = lane * kSize; column < s.width; column += kWarpSize * kSize) {
-      Piece<scalar_t, kSize>{}.store(row + column);
-    }
-  }
-}
-
-template <typename scalar_t>
-void scatter(const at::Tensor& x, const at::Tensor& row_id_map,
-             const std::optional<at::Tensor>& weights, const at::Tensor& rows) {
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const int64_t num_rows = rows.size(0), width = rows.size(1);
-  const auto filled = at::empty({num_rows}, rows.options().dtype(at::kBool));
-  C10_CUDA_CHECK(cudaMemsetAsync(filled.mutable_data_ptr(), 0, num_rows, stream));
-  const Scatter<scalar_t> s{x.const_data_ptr<scalar_t>(),
-                            x.stride(0),
-                            row_id_map.const_data_ptr<int64_t>(),
-                            RowWeights<scalar_t>(weights),
-                            weights.has_value(),
-                            rows.mutable_data_ptr<scalar_t>(),
-                            filled.mutable_data_ptr<bool>(),
-                            x.size(0),
-                            row_id_map.size(1),
-                            num_rows,
-                            width};
-  const auto run = [&]<int kSize>(std::integral_constant<int, kSize>) {
-    const int64_t pieces = s.tokens * (width / kSize);
-    if (pieces > 0) {
-      launch(moe_scatter_rows_kernel<scalar_t, kSize>, ceil_div(pieces, kThreads), kThreads, 0,
-             stream, s);
-    }
-    launch(moe_zero_rows_kernel<scalar_t, kSize>, ceil_div(num_rows, kThreads), kThreads, 0, stream,
-           s);
-  };
-  if (has_whole_pieces(x) && has_whole_pieces(rows)) {
-    run(std::integral_constant<int, kPieceSize<scalar_t>>{});
-  } else {
-    run(std::integral_constant<int, 1>{});
-  }
-}
-
 }  // namespace
 
 void moe_permute_index_cuda(const at::Tensor& topk_indices, const at::Tensor& row_id_map,
@@ -287,15 +193,6 @@ void moe_permute_index_cuda(const at::Tensor& topk_indices, const at::Tensor& ro
   sort.pairs = topk_indices.numel();
   sort.experts = static_cast<int>(tokens_per_expert.size(0));
   sort_pairs(sort, topk_indices);
-}
-
-void moe_scatter_rows_cuda(const at::Tensor& x, const at::Tensor& row_id_map,
-                           const std::optional<at::Tensor>& weights, const at::Tensor& rows) {
-  if (rows.numel() == 0) return;
-  const c10::cuda::CUDAGuard guard(rows.device());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(),
-                                  "moe_scatter_rows_cuda",
-                                  [&] { scatter<scalar_t>(x, row_id_map, weights, rows); });
 }
 
 }  // namespace equipoise

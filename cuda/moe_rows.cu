@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// moe_unpermute on CUDA: brings the rows of each token back together; see
-// ../csrc/ops/moe_unpermute.h. A thread has 16 bytes of an output row and adds up its K pieces in
-// slot order in the compute type. For the gradient of the weights a warp takes a slot: the dot
-// product of two rows, in a fixed order.
+// Moving rows between tokens and the permuted buffer on CUDA, see host.h: what moe_permute,
+// moe_unpermute and both gradients are made of. Rows travel 16 bytes a thread.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -20,6 +19,96 @@ namespace equipoise {
 namespace {
 
 constexpr int kThreads = 256;
+
+// ---- scatter: x is read once and written K times -----------------------------------------------
+
+template <typename scalar_t>
+struct Scatter {
+  const scalar_t* x;  // [T, H]
+  int64_t x_stride;
+  const int64_t* row_id_map;  // [T, K]
+  RowWeights<scalar_t> weights;
+  bool weighted;
+  scalar_t* rows;  // [N, H]
+  bool* filled;    // [N], false at first
+  int64_t tokens, top_k, num_rows, width;
+};
+
+// A thread takes kSize columns of a token to its K rows.
+template <typename scalar_t, int kSize>
+__global__ void __launch_bounds__(kThreads) moe_scatter_rows_kernel(const Scatter<scalar_t> s) {
+  using compute_t = compute_type<scalar_t>;
+  const int64_t pieces = s.width / kSize;  // of a row
+  const int64_t piece = blockIdx.x * int64_t{kThreads} + threadIdx.x;
+  const int64_t token = piece / pieces, column = piece % pieces * kSize;
+  if (token >= s.tokens) return;
+  const auto x = Piece<scalar_t, kSize>::load(s.x + token * s.x_stride + column);
+  for (int64_t slot = token * s.top_k; slot < (token + 1) * s.top_k; ++slot) {
+    const int64_t row = s.row_id_map[slot];
+    if (row < 0 || row >= s.num_rows) continue;
+    auto scaled = x;
+    if (s.weighted) {
+      const compute_t weight = s.weights[slot];
+#pragma unroll
+      for (scalar_t& value : scaled.values) {
+        value = static_cast<scalar_t>(weight * static_cast<compute_t>(value));
+      }
+    }
+    scaled.store(s.rows + row * s.width + column);
+    if (column == 0) s.filled[row] = true;
+  }
+}
+
+// Zeroes the rows that no slot filled. Each warp looks at 32 rows at once: most often all are
+// filled.
+template <typename scalar_t, int kSize>
+__global__ void __launch_bounds__(kThreads) moe_zero_rows_kernel(const Scatter<scalar_t> s) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t first = blockIdx.x * int64_t{kThreads} + threadIdx.x - lane;
+  const bool is_empty = first + lane < s.num_rows && !s.filled[first + lane];
+  for (unsigned rest = __ballot_sync(kFullMask, is_empty); rest != 0; rest &= rest - 1) {
+    scalar_t* row = s.rows + (first + __ffs(rest) - 1) * s.width;
+    for (int64_t column = lane * kSize; column < s.width; column += kWarpSize * kSize) {
+      Piece<scalar_t, kSize>{}.store(row + column);
+    }
+  }
+}
+
+template <typename scalar_t>
+void scatter(const at::Tensor& x, const at::Tensor& row_id_map,
+             const std::optional<at::Tensor>& weights, const at::Tensor& rows) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const int64_t num_rows = rows.size(0), width = rows.size(1);
+  const auto filled = at::empty({num_rows}, rows.options().dtype(at::kBool));
+  C10_CUDA_CHECK(cudaMemsetAsync(filled.mutable_data_ptr(), 0, num_rows, stream));
+  const Scatter<scalar_t> s{x.const_data_ptr<scalar_t>(),
+                            x.stride(0),
+                            row_id_map.const_data_ptr<int64_t>(),
+                            RowWeights<scalar_t>(weights),
+                            weights.has_value(),
+                            rows.mutable_data_ptr<scalar_t>(),
+                            filled.mutable_data_ptr<bool>(),
+                            x.size(0),
+                            row_id_map.size(1),
+                            num_rows,
+                            width};
+  const auto run = [&]<int kSize>(std::integral_constant<int, kSize>) {
+    const int64_t pieces = s.tokens * (width / kSize);
+    if (pieces > 0) {
+      launch(moe_scatter_rows_kernel<scalar_t, kSize>, ceil_div(pieces, kThreads), kThreads, 0,
+             stream, s);
+    }
+    launch(moe_zero_rows_kernel<scalar_t, kSize>, ceil_div(num_rows, kThreads), kThreads, 0, stream,
+           s);
+  };
+  if (has_whole_pieces(x) && has_whole_pieces(rows)) {
+    run(std::integral_constant<int, kPieceSize<scalar_t>>{});
+  } else {
+    run(std::integral_constant<int, 1>{});
+  }
+}
+
+// ---- gather: a thread has 16 bytes of an output row and adds up its K pieces in slot order -----
 
 // The rows that the slots of the tokens point at; a slot without a row holds -1.
 template <typename scalar_t>
@@ -72,6 +161,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int j = 0; j < kSize; ++j) result.values[j] = static_cast<scalar_t>(sum[j]);
   result.store(out + token * slots.width + column);
 }
+
+// ---- dot: a warp takes a slot, in a fixed order ------------------------------------------------
 
 template <typename scalar_t, typename out_t, int kSize>
 __global__ void __launch_bounds__(kThreads)
@@ -143,6 +234,15 @@ void dot(const at::Tensor& grad, const at::Tensor& rows, const at::Tensor& row_i
 }
 
 }  // namespace
+
+void moe_scatter_rows_cuda(const at::Tensor& x, const at::Tensor& row_id_map,
+                           const std::optional<at::Tensor>& weights, const at::Tensor& rows) {
+  if (rows.numel() == 0) return;
+  const c10::cuda::CUDAGuard guard(rows.device());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(),
+                                  "moe_scatter_rows_cuda",
+                                  [&] { scatter<scalar_t>(x, row_id_map, weights, rows); });
+}
 
 void moe_gather_rows_cuda(const at::Tensor& rows, const at::Tensor& row_id_map,
                           const std::optional<at::Tensor>& weights, const at::Tensor& out) {
