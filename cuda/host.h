@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "../csrc/ops/slot_sort.h"
 #include "../csrc/ops/topk_gating_arguments.h"
 
 namespace equipoise {
@@ -29,10 +30,8 @@ void expert_bincount_backward_cuda(const at::Tensor& grad, const at::Tensor& ind
                                    const std::optional<at::Tensor>& token_mask,
                                    const at::Tensor& grad_weights);
 
-/// topk_indices [T, K] int64 contiguous -> row_id_map [T, K], tokens_per_expert [E], expert_offsets
-/// [E + 1].
-void moe_permute_index_cuda(const at::Tensor& topk_indices, const at::Tensor& row_id_map,
-                            const at::Tensor& tokens_per_expert, const at::Tensor& expert_offsets);
+/// See SlotSort; what the CPU raises on is left out and counted here.
+void slot_sort_cuda(const SlotSort& sort);
 /// rows[row_id_map[t, k]] = weights[t, k] * x[t] (weights absent: a plain copy); every row without
 /// a slot is zeroed. x [T, H] has inner stride 1; rows [N, H] contiguous, same dtype. Map entries
 /// outside [0, N) are skipped.

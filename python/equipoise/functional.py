@@ -8,6 +8,7 @@ Everything works on CPU and CUDA, for float64, float32, bfloat16 and float16, un
 ``RuntimeError`` with a message that names the op, the argument, what was wanted and what came.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ __all__ = [
     "RoutingResult",
     "balance_loss",
     "expert_bincount",
+    "expert_capacity",
     "moe_permute",
     "moe_unpermute",
     "segment_ids_from_cu_seqlens",
@@ -234,22 +236,34 @@ def expert_bincount(
 
 
 class PermuteResult(NamedTuple):
-    """What ``moe_permute`` returns: N = T K rows, zero from ``expert_offsets[E]`` on."""
+    """What ``moe_permute`` returns.
+
+    Rows without a slot are zero: those behind ``expert_offsets[E]``, and those that fill up the
+    room of an expert.
+    """
 
     permuted: Tensor
     """[N, H] rows, those of each expert together, in token order; differentiable."""
     permuted_weights: Tensor
     """[N] the weight of each row; empty where no weights were given; differentiable."""
     row_id_map: Tensor
-    """[T, K] int64, the row that holds slot (t, k), -1 where there is none."""
+    """[T, K] ([T, E] for a routing_map) int64, the row that holds slot (t, k), -1 if none does."""
     tokens_per_expert: Tensor
-    """[E] int64."""
+    """[E] int64, before any drop: the counts that losses are made of."""
     expert_offsets: Tensor
-    """[E + 1] int64; expert e has rows ``expert_offsets[e]`` to ``expert_offsets[e + 1]``."""
+    """[E + 1] int64; expert e has room from row ``expert_offsets[e]`` to ``expert_offsets[e+1]``,
+    of which the first ``kept_per_expert[e]`` rows are filled."""
     kept_per_expert: Tensor
     """[E] int64, ``tokens_per_expert`` after any drop."""
     overflow: Tensor
-    """Scalar int64, rows that did not fit."""
+    """Scalar int64, rows that did not fit into ``output_rows`` (CUDA; the CPU raises)."""
+    num_invalid: Tensor
+    """Scalar int64, indices outside [-1, E), which act as -1 (CUDA; the CPU raises)."""
+
+    @property
+    def dropped_per_expert(self) -> Tensor:
+        """[E] int64, the slots of each expert that have no row."""
+        return self.tokens_per_expert - self.kept_per_expert
 
 
 def moe_permute(
@@ -265,47 +279,101 @@ def moe_permute(
     align: int = 1,
     seed: int | None = None,
     output_rows: int | None = None,
+    out: Tensor | None = None,
 ) -> PermuteResult:
     """Copies each token's row to each of its experts: one expert's rows together, in token order.
 
     Args:
-        x: [T, H].
-        topk_indices: [T, K] int64 in [-1, E); -1 is left out.
+        x: [T, H], float64, float32, bfloat16, float16, or a type of 8 bits (float8, int8, uint8),
+            whose rows are moved as they are and have no gradient.
+        topk_indices: [T, K] int64 in [-1, E); -1 is left out. None with a ``routing_map``.
         num_experts: E.
-        topk_weights: [T, K] float, permuted along.
-        tokens_per_expert: [E] int64 counts of ``topk_indices`` (compared on the CPU).
-        routing_map: None.
-        capacity: None (dropless).
-        drop_policy: "position".
-        pad_to_capacity: False.
-        align: 1.
-        seed: None.
-        output_rows: None.
+        topk_weights: [T, K] ([T, E] for a ``routing_map``) float, permuted along.
+        tokens_per_expert: [E] int64 counts of the slots, from ``topk_gating``: saves counting them
+            again on one thread of the CPU, where they are compared.
+        routing_map: [T, E] bool in place of ``topk_indices``, which experts each token goes to.
+        capacity: how many slots an expert keeps, see ``expert_capacity``; None drops none. The
+            others get row -1: ``moe_unpermute`` adds nothing for them.
+        drop_policy: who stays: "position" (the first tokens), "probs" (the largest
+            ``topk_weights``; ties to the lower token) or "random" (a function of ``seed``, token
+            and expert alone).
+        pad_to_capacity: every expert has room for ``capacity`` rows: the layout [E * capacity, H].
+        align: the room of each expert is a multiple of this.
+        seed: of "random".
+        output_rows: N. Without it N = T K, plus E (align - 1) rounded up to a multiple of
+            ``align``, which always suffices.
+        out: [N, H], dtype of ``x``, contiguous: takes the rows in place of a new tensor, whose
+            memory the system would have to provide anew for each large result. No gradient then.
 
     Returns:
-        PermuteResult. Its sizes depend on shapes alone, so nothing waits for the device.
+        PermuteResult. Its sizes depend on shapes and options alone: nothing waits for the device.
 
     >>> x, topk_indices = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[1], [0], [1]])
     >>> p = moe_permute(x, topk_indices, num_experts=2)
     >>> p.permuted.flatten().tolist(), p.expert_offsets.tolist(), p.row_id_map.flatten().tolist()
     ([2.0, 1.0, 3.0], [0, 1, 3], [1, 0, 2])
+
+    Expert 1 keeps the better one of its two:
+
+    >>> weights = torch.tensor([[0.6], [0.9], [0.7]])
+    >>> p = moe_permute(x, topk_indices, 2, weights, capacity=1, drop_policy="probs", align=2)
+    >>> p.permuted.flatten().tolist(), p.expert_offsets.tolist(), p.dropped_per_expert.tolist()
+    ([2.0, 0.0, 3.0, 0.0, 0.0, 0.0], [0, 2, 4], [0, 1])
     """
-    return PermuteResult(
-        *ops.moe_permute(
-            x,
-            topk_indices,
-            num_experts,
-            topk_weights,
-            tokens_per_expert,
-            routing_map,
-            capacity,
-            drop_policy,
-            pad_to_capacity,
-            align,
-            seed,
-            output_rows,
-        )
+    arguments = (
+        x,
+        topk_indices,
+        num_experts,
+        topk_weights,
+        tokens_per_expert,
+        routing_map,
+        capacity,
+        drop_policy,
+        pad_to_capacity,
+        align,
+        seed,
+        output_rows,
     )
+    if out is None:
+        return PermuteResult(*ops.moe_permute(*arguments))
+    return PermuteResult(out, *ops.moe_permute_out(*arguments, out=out))
+
+
+def expert_capacity(
+    num_tokens: int, top_k: int, num_experts: int, capacity_factor: float, min_capacity: int = 0
+) -> int:
+    """The capacity of an expert: ceil(capacity_factor T K / E), from min_capacity to T.
+
+    GShard (arXiv:2006.16668), Switch (arXiv:2101.03961).
+
+    Args:
+        num_tokens: T.
+        top_k: K.
+        num_experts: E.
+        capacity_factor: >= 0; at 1 there is room for as many slots as there are, none to spare.
+        min_capacity: >= 0.
+
+    Returns:
+        How many slots each expert keeps, for ``moe_permute(capacity=)``.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    >>> expert_capacity(num_tokens=4096, top_k=2, num_experts=64, capacity_factor=1.25)
+    160
+    """
+    for name, value, least in (
+        ("num_tokens", num_tokens, 0),
+        ("top_k", top_k, 0),
+        ("num_experts", num_experts, 1),
+        ("capacity_factor", capacity_factor, 0),
+        ("min_capacity", min_capacity, 0),
+    ):
+        if not value >= least:
+            raise ValueError(f"expert_capacity: {name} must be at least {least}, got {value}")
+    # What is an integer but for rounding stays that integer.
+    wanted = math.ceil(capacity_factor * (num_tokens * top_k / num_experts) - 1e-9)
+    return min(num_tokens, max(min_capacity, wanted))
 
 
 def moe_unpermute(

@@ -19,6 +19,7 @@ balance_loss_backward = _OPS.balance_loss_backward.default
 expert_bincount = _OPS.expert_bincount.default
 expert_bincount_backward = _OPS.expert_bincount_backward.default
 moe_permute = _OPS.moe_permute.default
+moe_permute_out = _OPS.moe_permute_out.default
 moe_unpermute = _OPS.moe_unpermute.default
 moe_unpermute_backward = _OPS.moe_unpermute_backward.default
 topk_gating = _OPS.topk_gating.default
@@ -30,6 +31,7 @@ __all__ = [
     "expert_bincount",
     "expert_bincount_backward",
     "moe_permute",
+    "moe_permute_out",
     "moe_unpermute",
     "moe_unpermute_backward",
     "topk_gating",

@@ -157,29 +157,86 @@ def expert_bincount(
 
 
 def moe_permute(
-    x: Tensor, topk_indices: Tensor, num_experts: int, topk_weights: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor,
+    topk_indices: Tensor | None,
+    num_experts: int,
+    topk_weights: Tensor | None = None,
+    tokens_per_expert: Tensor | None = None,
+    routing_map: Tensor | None = None,
+    capacity: int | None = None,
+    drop_policy: str = "position",
+    pad_to_capacity: bool = False,
+    align: int = 1,
+    seed: int | None = None,
+    output_rows: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rows of each expert together, in token order; see ``equipoise.functional.moe_permute``.
 
     >>> moe_permute(torch.tensor([[1.0], [2.0]]), torch.tensor([[1], [0]]), 2)[0].tolist()
     [[2.0], [1.0]]
     """
+    if routing_map is not None:
+        topk_indices = torch.where(routing_map, torch.arange(num_experts), -1)
     top_k = topk_indices.size(1)
     slots = topk_indices.flatten()
     counts = expert_bincount(topk_indices, num_experts)
-    # Empty slots sort behind every expert.
-    order = torch.where(slots >= 0, slots, num_experts).sort(stable=True).indices
-    filled = slots[order] >= 0
-    permuted = x[order // top_k] * filled.unsqueeze(1)
+    if pad_to_capacity:
+        num_rows = num_experts * capacity
+    elif output_rows is not None:
+        num_rows = output_rows
+    else:
+        most = len(slots) + num_experts * (align - 1)
+        num_rows = (most + align - 1) // align * align
+    row_id_map, offsets, kept = torch.full_like(slots, -1), [0], []
+    for e in range(num_experts):
+        mine = (slots == e).nonzero().flatten()
+        if capacity is not None and len(mine) > capacity:
+            if drop_policy == "probs":
+                key = topk_weights.flatten()[mine].detach().double()
+                key = key.nan_to_num(nan=-torch.inf)
+                best = key.sort(descending=True, stable=True).indices
+            elif drop_policy == "random":
+                keys = [_random_key(seed, slot // top_k, e, num_experts) for slot in mine.tolist()]
+                best = torch.tensor(sorted(range(len(keys)), key=lambda i: -keys[i]))
+            else:
+                best = torch.arange(len(mine))
+            mine = mine[best[:capacity].sort().values]
+        begin = min(offsets[-1], num_rows)
+        room = capacity if pad_to_capacity else -(-len(mine) // align) * align
+        mine = mine[: num_rows - begin]
+        row_id_map[mine] = begin + torch.arange(len(mine))
+        kept.append(len(mine))
+        offsets.append(min(begin + room, num_rows))
+    filled = row_id_map >= 0
+    rows = row_id_map[filled]
+    permuted = x.new_zeros(num_rows, x.size(1))
+    permuted = permuted.index_put((rows,), x[filled.nonzero().flatten() // top_k])
     if topk_weights is None:
         weights = x.new_empty(0, dtype=_compute_dtype(x.dtype))
     else:
-        weights = topk_weights.flatten()[order] * filled
-    row_id_map = torch.empty_like(slots)
-    row_id_map[order] = torch.arange(len(slots), device=slots.device)
-    row_id_map = row_id_map.masked_fill(slots < 0, -1).view_as(topk_indices)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return permuted, weights, row_id_map, counts, offsets, counts.clone(), counts.new_zeros(())
+        weights = topk_weights.new_zeros(num_rows)
+        weights = weights.index_put((rows,), topk_weights.flatten()[filled])
+    kept = torch.tensor(kept)
+    within = counts if capacity is None else counts.clamp(max=capacity)
+    return (
+        permuted,
+        weights,
+        row_id_map.view_as(topk_indices),
+        counts,
+        torch.tensor(offsets),
+        kept,
+        (within - kept).sum(),
+        counts.new_zeros(()),
+    )
+
+
+def _random_key(seed: int, token: int, expert: int, num_experts: int) -> int:
+    """splitmix64: 64 bits that look random, of (seed, token, expert) alone."""
+    mask = 2**64 - 1
+    z = (seed + (token * num_experts + expert + 1) * 0x9E3779B97F4A7C15) & mask
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+    return z ^ (z >> 31)
 
 
 def moe_unpermute(
