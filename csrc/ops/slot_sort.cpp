@@ -41,12 +41,15 @@ struct Sorter {
 
   void run() {
     if (counts_are_given) {
+      // Enough to stay within bounds; check_given compares them in the end.
+      int64_t total = 0;
       for (int64_t e = 0; e < num_experts; ++e) {
-        TORCH_CHECK(given[e] >= 0 && given[e] <= num_slots, s.op,
-                    ": tokens_per_expert must be the counts of the slots, got ", given[e],
-                    " for expert ", e);
+        const bool possible = given[e] >= 0 && given[e] <= num_slots - total;
+        TORCH_CHECK(possible, s.op, ": tokens_per_expert must be the counts of the slots, got ",
+                    given[e], " for expert ", e, " and ", total, " for those before it, of ",
+                    num_slots, " slots");
+        total += counts[e] = given[e];
       }
-      std::copy_n(given, num_experts, counts);
     } else {
       count();
     }
@@ -137,9 +140,6 @@ struct Sorter {
   void choose() {
     std::vector<int64_t> starts(num_experts + 1), order(num_slots);
     for (int64_t e = 0; e < num_experts; ++e) starts[e + 1] = starts[e] + counts[e];
-    TORCH_CHECK(starts[num_experts] <= num_slots, s.op,
-                ": tokens_per_expert must be the counts of the slots, got ", starts[num_experts],
-                " in all for ", num_slots, " slots");
     for_each_slot([&](int64_t slot, int64_t e, int64_t rank) {
       if (rank < counts[e]) order[starts[e] + rank] = slot;
       map[slot] = -1;
