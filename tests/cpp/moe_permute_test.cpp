@@ -85,6 +85,81 @@ TEST(MoEPermute, GivenCountsChangeNothing) {
   EXPECT_TRUE(same(given.expert_offsets, counted.expert_offsets));
 }
 
+/// Tokens 0..5 of one column, all to expert 0.
+PermuteResult permute_to_one_expert(const MoEPermuteOptions& options) {
+  return moe_permute(at::arange(6, at::kFloat).unsqueeze(1), at::zeros({6, 1}, at::kLong), 1,
+                     options);
+}
+
+TEST(MoEPermute, EachPolicyKeepsItsOwn) {
+  const auto weights = torch::tensor({0.1F, 0.2F, 0.5F, 0.5F, 0.9F, 0.5F}).unsqueeze(1);
+  const auto options = MoEPermuteOptions().topk_weights(weights).capacity(3).pad_to_capacity(true);
+  const auto kept = [](const PermuteResult& result) { return result.permuted.flatten(); };
+  EXPECT_TRUE(same(kept(permute_to_one_expert(options)), torch::tensor({0.0F, 1.0F, 2.0F})));
+  const auto by_probs = permute_to_one_expert(MoEPermuteOptions(options).drop_policy("probs"));
+  EXPECT_TRUE(same(kept(by_probs), torch::tensor({2.0F, 3.0F, 4.0F})));
+  EXPECT_TRUE(same(by_probs.permuted_weights, torch::tensor({0.5F, 0.5F, 0.9F})));
+  EXPECT_TRUE(same(by_probs.tokens_per_expert, torch::tensor({6}, at::kLong)));
+  EXPECT_TRUE(same(by_probs.kept_per_expert, torch::tensor({3}, at::kLong)));
+  EXPECT_TRUE(same(by_probs.dropped_per_expert(), torch::tensor({3}, at::kLong)));
+
+  const auto random = MoEPermuteOptions(options).drop_policy("random");
+  const auto rows = [&](int64_t seed) {
+    return kept(permute_to_one_expert(MoEPermuteOptions(random).seed(seed)));
+  };
+  EXPECT_TRUE(same(rows(1), rows(1)));
+  bool differs = false;
+  for (int64_t seed = 2; seed < 10; ++seed) differs |= !same(rows(1), rows(seed));
+  EXPECT_TRUE(differs);
+}
+
+TEST(MoEPermute, RoutingMapIsTheSameAsIndices) {
+  at::manual_seed(0);
+  const auto x = at::randn({20, 4});
+  const auto routing_map = at::rand({20, 5}) < 0.4;
+  const auto indices = at::where(routing_map, at::arange(5), -1);
+  for (const auto& options :
+       {MoEPermuteOptions().align(4), MoEPermuteOptions().capacity(3).output_rows(15)}) {
+    const auto by_map =
+        moe_permute(x, std::nullopt, 5, MoEPermuteOptions(options).routing_map(routing_map));
+    const auto by_indices = moe_permute(x, indices, 5, options);
+    EXPECT_TRUE(same(by_map.permuted, by_indices.permuted));
+    EXPECT_TRUE(same(by_map.row_id_map, by_indices.row_id_map));
+    EXPECT_TRUE(same(by_map.expert_offsets, by_indices.expert_offsets));
+  }
+}
+
+TEST(MoEPermute, RoomsAreAligned) {
+  const auto indices = torch::tensor({{0}, {2}, {2}, {2}}, at::kLong);
+  const auto result = moe_permute(at::ones({4, 1}), indices, 3, MoEPermuteOptions().align(2));
+  EXPECT_TRUE(same(result.expert_offsets, torch::tensor({0, 2, 2, 6}, at::kLong)));
+  EXPECT_TRUE(same(result.permuted.flatten(),
+                   torch::tensor({1.0F, 0.0F, 1.0F, 1.0F, 1.0F, 0.0F, 0.0F, 0.0F})));
+}
+
+TEST(MoEPermute, WritesIntoMemoryThatIsGiven) {
+  at::manual_seed(0);
+  const auto x = at::randn({6, 3}), out = at::full({12, 3}, -1.0);
+  const auto indices = at::randint(-1, 4, {6, 2}, at::kLong);
+  const auto result = moe_permute(x, indices, 4, MoEPermuteOptions().out(out));
+  EXPECT_EQ(result.permuted.data_ptr(), out.data_ptr());
+  EXPECT_TRUE(same(out, moe_permute(x, indices, 4).permuted));
+  EXPECT_TRUE(fails(
+      [&] {
+        moe_permute(x, indices, 4, MoEPermuteOptions().out(at::ones({2, 3})));
+      },
+      {"moe_permute", "out", "[2, 3]"}));
+}
+
+TEST(MoEPermute, ExpertCapacity) {
+  EXPECT_EQ(expert_capacity(4096, 2, 64, 1.25), 160);
+  EXPECT_EQ(expert_capacity(100, 1, 10, 1.1), 11);
+  EXPECT_EQ(expert_capacity(8, 2, 64, 1.0, 4), 4);
+  EXPECT_EQ(expert_capacity(2, 2, 64, 1.0, 4), 2);
+  EXPECT_TRUE(
+      fails([] { expert_capacity(4, 1, 2, -1.0); }, {"expert_capacity", "capacity_factor"}));
+}
+
 TEST(MoEPermute, BackwardReadsNoRowOfNobody) {
   const auto x = random_leaf({3, 4});
   const auto result = moe_permute(x, torch::tensor({{0, -1}, {-1, -1}, {1, 0}}, at::kLong), 2);
@@ -117,6 +192,10 @@ TEST(MoEPermute, NamesTheWrongArgument) {
                     MoEPermuteOptions().tokens_per_expert(torch::tensor({1, 0, 0}, at::kLong)));
       },
       {"moe_permute", "tokens_per_expert"}));
+  EXPECT_TRUE(fails([&] { moe_permute(x, topk_indices, 3, MoEPermuteOptions().capacity(-1)); },
+                    {"moe_permute", "capacity", "-1"}));
+  EXPECT_TRUE(fails([&] { moe_permute(x, topk_indices, 3, MoEPermuteOptions().drop_policy("no")); },
+                    {"moe_permute", "drop_policy", "no"}));
 }
 
 }  // namespace

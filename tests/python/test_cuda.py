@@ -399,6 +399,61 @@ def test_permute(dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_permute_options(dtype):
+    """Capacities, policies, alignment and the routing map: each field, and the gradients."""
+    for options in test_moe_permute.sample_options(dtype):
+        x = options.pop("x").requires_grad_()
+        names = [n for n in ("topk_indices", "topk_weights", "routing_map") if n in options]
+        tensors = [options.pop(n) for n in names]
+        tensors = [
+            t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors
+        ]
+
+        def permute(x, *tensors, names=names, options=options):
+            return F.moe_permute(x, **dict(zip(names, tensors, strict=True)), **options)
+
+        check(permute, x, *tensors)
+
+
+def test_permute_many_slots_with_a_capacity():
+    """More slots than one block sorts; experts that choose among more than a block has threads."""
+    x, weights = torch.randn(2500, 4), torch.rand(2500, 4)
+    for experts in (5, 300):
+        indices = torch.randint(-1, experts, (2500, 4))
+        for options in (
+            dict(capacity=700, align=64),
+            dict(capacity=7, drop_policy="probs"),
+            dict(capacity=7, drop_policy="random", seed=3, pad_to_capacity=True),
+        ):
+            check(
+                lambda x, i, w, e=experts, o=options: F.moe_permute(x, i, e, w, **o),
+                x.requires_grad_(),
+                indices,
+                weights.requires_grad_(),
+            )
+
+
+def test_permute_counts_what_it_leaves_out():
+    x, indices = torch.ones(5, 3), torch.tensor([[0, 1], [9, 1], [-2, 1], [1, 0], [-1, 0]])
+    p = F.moe_permute(x.cuda(), indices.cuda(), 2, output_rows=5)
+    assert p.num_invalid.item() == 2 and p.overflow.item() == 2
+    assert p.tokens_per_expert.tolist() == [3, 4] and p.kept_per_expert.tolist() == [3, 2]
+    assert p.expert_offsets.tolist() == [0, 3, 5]
+    assert p.row_id_map.tolist() == [[0, 3], [-1, 4], [-1, -1], [-1, 1], [-1, 2]]
+
+
+def test_permute_rows_of_8_bits_into_memory_that_is_given():
+    for width in (32, 7):
+        rows = torch.randint(0, 256, (20, width), dtype=torch.uint8)
+        indices = torch.randint(-1, 4, (20, 3))
+        out = torch.zeros(60, width, dtype=torch.uint8).cuda()
+        p = F.moe_permute(rows.cuda(), indices.cuda(), 4, out=out)
+        want = F.moe_permute(rows, indices, 4)
+        assert torch.equal(out.cpu(), want.permuted)
+        assert torch.equal(p.row_id_map.cpu(), want.row_id_map)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_unpermute(dtype):
     for inputs in test_moe_unpermute.sample_inputs(dtype):
         check_unpermute(*inputs)
