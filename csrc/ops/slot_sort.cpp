@@ -35,7 +35,8 @@ struct Sorter {
   int64_t* counts = s.counts.mutable_data_ptr<int64_t>();
   int64_t* offsets = s.expert_offsets.mutable_data_ptr<int64_t>();
   int64_t* kept = s.kept_per_expert.mutable_data_ptr<int64_t>();
-  /// For each block and expert: first the count of the block, then the rank of its next slot.
+  /// For each block and expert: first the count of the block, then how many slots of the expert
+  /// stand before the block, then the place of its next slot.
   std::vector<int64_t> tables = std::vector<int64_t>(num_blocks * num_experts);
   std::atomic<int64_t> bad{-1};  // a slot with a bad expert
 
@@ -56,14 +57,9 @@ struct Sorter {
     lay_out();
     const bool position = s.drop_policy == DropPolicy::kPosition;
     if (position || *std::max_element(counts, counts + num_experts) <= s.layout.capacity) {
-      for_each_slot([&](int64_t slot, int64_t e, int64_t rank) {
-        map[slot] = rank < kept[e] ? offsets[e] + rank : -1;
-      });
+      place(offsets, kept, [&](int64_t slot, int64_t row) { map[slot] = row; });
     } else {
       choose();
-    }
-    if (counts_are_given) {
-      for (int64_t e = 0; e < num_experts; ++e) check_given(e, num_blocks == 0 ? 0 : tables[e]);
     }
   }
 
@@ -122,26 +118,30 @@ struct Sorter {
                 " for these slots, got ", s.layout.num_rows);
   }
 
-  /// Calls f(slot, expert, rank among the slots of the expert); slots of no expert get no row.
+  /// Calls f(slot, place) for every slot: the first `most[e]` slots of an expert get the places
+  /// from `begin[e]` on, the others, and slots of no expert, -1.
   template <typename F>
-  void for_each_slot(const F& f) {
-    for_each_block([&](int64_t* table, int64_t begin, int64_t end) {
-      for (int64_t slot = begin; slot < end; ++slot) {
+  void place(const int64_t* begin, const int64_t* most, const F& f) {
+    std::vector<int64_t> end(num_experts);
+    for (int64_t e = 0; e < num_experts; ++e) end[e] = begin[e] + most[e];
+    for_each_block([&](int64_t* next, int64_t first, int64_t last) {
+      for (int64_t e = 0; e < num_experts; ++e) next[e] += begin[e];
+      for (int64_t slot = first; slot < last; ++slot) {
         const int64_t e = expert_of(slot);
-        if (counts_for(slot, e)) {
-          f(slot, e, table[e]++);
-        } else {
-          map[slot] = -1;
-        }
+        const int64_t here = counts_for(slot, e) ? next[e]++ : -1;
+        f(slot, here >= 0 && here < end[e] ? here : -1);
       }
     });
+    for (int64_t e = 0; counts_are_given && e < num_experts; ++e) {
+      check_given(e, num_blocks == 0 ? 0 : tables[e] - begin[e]);
+    }
   }
 
   void choose() {
     std::vector<int64_t> starts(num_experts + 1), order(num_slots);
     for (int64_t e = 0; e < num_experts; ++e) starts[e + 1] = starts[e] + counts[e];
-    for_each_slot([&](int64_t slot, int64_t e, int64_t rank) {
-      if (rank < counts[e]) order[starts[e] + rank] = slot;
+    place(starts.data(), counts, [&](int64_t slot, int64_t here) {
+      if (here >= 0) order[here] = slot;
       map[slot] = -1;
     });
     const int64_t top_k = s.slots.size(1);
@@ -183,8 +183,8 @@ struct Sorter {
 }  // namespace
 
 void slot_sort_cpu(const SlotSort& sort) {
-  sort.overflow.zero_();
-  sort.num_invalid.zero_();
+  *sort.overflow.mutable_data_ptr<int64_t>() = 0;  // both raise here
+  *sort.num_invalid.mutable_data_ptr<int64_t>() = 0;
   const auto run = [&](const auto& expert_of) {
     Sorter<std::decay_t<decltype(expert_of)>>{sort, expert_of}.run();
   };
