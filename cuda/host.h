@@ -32,19 +32,21 @@ void expert_bincount_backward_cuda(const at::Tensor& grad, const at::Tensor& ind
 
 /// See SlotSort; what the CPU raises on is left out and counted here.
 void slot_sort_cuda(const SlotSort& sort);
-/// rows[row_id_map[t, k]] = weights[t, k] * x[t] (weights absent: a plain copy); every row without
-/// a slot is zeroed. x [T, H] has inner stride 1; rows [N, H] contiguous, same dtype. Map entries
-/// outside [0, N) are skipped.
+/// rows[row_id_map[t, k]] = weights[t, k] * x[t] (weights absent: a plain copy of any dtype); every
+/// row without a slot is zeroed, none has two. x [T, H] has inner stride 1; rows [N, H] contiguous,
+/// same dtype. Map entries outside [0, N) are skipped.
 void moe_scatter_rows_cuda(const at::Tensor& x, const at::Tensor& row_id_map,
                            const std::optional<at::Tensor>& weights, const at::Tensor& rows);
 /// out[t] = sum_k weights[t, k] * rows[row_id_map[t, k]] in slot order, in compute type; weights
 /// absent: 1.
 void moe_gather_rows_cuda(const at::Tensor& rows, const at::Tensor& row_id_map,
                           const std::optional<at::Tensor>& weights, const at::Tensor& out);
-/// out[t, k] = <grad[t], rows[row_id_map[t, k]]> in compute type, 0 for -1; out has the dtype of
-/// the weights.
-void moe_dot_rows_cuda(const at::Tensor& grad, const at::Tensor& rows, const at::Tensor& row_id_map,
-                       const at::Tensor& out);
+/// Both gradients of a gather with weights in one pass: grad_rows is `grad` scattered with the
+/// weights, grad_weights[t, k] = <grad[t], rows[row_id_map[t, k]]> in compute type, 0 for -1, in
+/// the dtype of the weights.
+void moe_gather_rows_backward_cuda(const at::Tensor& grad, const at::Tensor& rows,
+                                   const at::Tensor& row_id_map, const at::Tensor& weights,
+                                   const at::Tensor& grad_rows, const at::Tensor& grad_weights);
 
 /// values [L] and total [] from sums [2 E + 5]; kinds are BalanceLossKind numbers (L <= 32), a
 /// negative one gives 0. coefficients [L] float32 on the device.

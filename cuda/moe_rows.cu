@@ -22,90 +22,106 @@ constexpr int kThreads = 256;
 
 // ---- scatter: x is read once and written K times -----------------------------------------------
 
-template <typename scalar_t>
+// Rows of any type, as pieces of kSize integers: stride and width count integers.
+template <typename T>
 struct Scatter {
-  const scalar_t* x;  // [T, H]
+  const T* x;  // [T, H]
   int64_t x_stride;
   const int64_t* row_id_map;  // [T, K]
-  RowWeights<scalar_t> weights;
-  bool weighted;
-  scalar_t* rows;  // [N, H]
-  bool* filled;    // [N], false at first
+  T* rows;                    // [N, H]
+  bool* filled;               // [N], false at first
   int64_t tokens, top_k, num_rows, width;
 };
 
-// A thread takes kSize columns of a token to its K rows.
-template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kThreads) moe_scatter_rows_kernel(const Scatter<scalar_t> s) {
-  using compute_t = compute_type<scalar_t>;
+// A thread takes a piece of a token to its K rows.
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kThreads) moe_scatter_rows_kernel(const Scatter<T> s) {
   const int64_t pieces = s.width / kSize;  // of a row
   const int64_t piece = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   const int64_t token = piece / pieces, column = piece % pieces * kSize;
   if (token >= s.tokens) return;
-  const auto x = Piece<scalar_t, kSize>::load(s.x + token * s.x_stride + column);
+  const auto x = Piece<T, kSize>::load(s.x + token * s.x_stride + column);
   for (int64_t slot = token * s.top_k; slot < (token + 1) * s.top_k; ++slot) {
     const int64_t row = s.row_id_map[slot];
     if (row < 0 || row >= s.num_rows) continue;
-    auto scaled = x;
-    if (s.weighted) {
-      const compute_t weight = s.weights[slot];
-#pragma unroll
-      for (scalar_t& value : scaled.values) {
-        value = static_cast<scalar_t>(weight * static_cast<compute_t>(value));
-      }
-    }
-    scaled.store(s.rows + row * s.width + column);
+    x.store(s.rows + row * s.width + column);
     if (column == 0) s.filled[row] = true;
   }
 }
 
 // Zeroes the rows that no slot filled. Each warp looks at 32 rows at once: most often all are
 // filled.
-template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kThreads) moe_zero_rows_kernel(const Scatter<scalar_t> s) {
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kThreads) moe_zero_rows_kernel(const Scatter<T> s) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t first = blockIdx.x * int64_t{kThreads} + threadIdx.x - lane;
   const bool is_empty = first + lane < s.num_rows && !s.filled[first + lane];
   for (unsigned rest = __ballot_sync(kFullMask, is_empty); rest != 0; rest &= rest - 1) {
-    scalar_t* row = s.rows + (first + __ffs(rest) - 1) * s.width;
+    T* row = s.rows + (first + __ffs(rest) - 1) * s.width;
     for (int64_t column = lane * kSize; column < s.width; column += kWarpSize * kSize) {
-      Piece<scalar_t, kSize>{}.store(row + column);
+      Piece<T, kSize>{}.store(row + column);
     }
   }
 }
 
-template <typename scalar_t>
-void scatter(const at::Tensor& x, const at::Tensor& row_id_map,
-             const std::optional<at::Tensor>& weights, const at::Tensor& rows) {
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const int64_t num_rows = rows.size(0), width = rows.size(1);
-  const auto filled = at::empty({num_rows}, rows.options().dtype(at::kBool));
-  C10_CUDA_CHECK(cudaMemsetAsync(filled.mutable_data_ptr(), 0, num_rows, stream));
-  const Scatter<scalar_t> s{x.const_data_ptr<scalar_t>(),
-                            x.stride(0),
-                            row_id_map.const_data_ptr<int64_t>(),
-                            RowWeights<scalar_t>(weights),
-                            weights.has_value(),
-                            rows.mutable_data_ptr<scalar_t>(),
-                            filled.mutable_data_ptr<bool>(),
-                            x.size(0),
-                            row_id_map.size(1),
-                            num_rows,
-                            width};
-  const auto run = [&]<int kSize>(std::integral_constant<int, kSize>) {
-    const int64_t pieces = s.tokens * (width / kSize);
-    if (pieces > 0) {
-      launch(moe_scatter_rows_kernel<scalar_t, kSize>, ceil_div(pieces, kThreads), kThreads, 0,
-             stream, s);
-    }
-    launch(moe_zero_rows_kernel<scalar_t, kSize>, ceil_div(num_rows, kThreads), kThreads, 0, stream,
-           s);
-  };
-  if (has_whole_pieces(x) && has_whole_pieces(rows)) {
-    run(std::integral_constant<int, kPieceSize<scalar_t>>{});
-  } else {
-    run(std::integral_constant<int, 1>{});
+// Calls function(T{}, kSize) with the widest pieces that the rows of both matrices are made of,
+// whatever is in them: 16 bytes, or the one integer that start, distance and width are multiples
+// of.
+template <typename Function>
+void with_bytes(const at::Tensor& a, const at::Tensor& b, const Function& function) {
+  uintptr_t all = 0;
+  for (const auto& rows : {a, b}) {
+    all |= reinterpret_cast<uintptr_t>(rows.const_data_ptr()) |
+           static_cast<uintptr_t>((rows.stride(0) | rows.size(1)) * rows.element_size());
   }
+  constexpr std::integral_constant<int, 1> one;
+  if (all % 16 == 0) return function(uint32_t{}, std::integral_constant<int, 4>{});
+  if (all % 8 == 0) return function(uint64_t{}, one);
+  if (all % 4 == 0) return function(uint32_t{}, one);
+  all % 2 == 0 ? function(uint16_t{}, one) : function(uint8_t{}, one);
+}
+
+// Runs fill(filled), whose kernels write some rows and mark them in `filled`, and zeroes the
+// others.
+template <typename Fill>
+void fill_rows(const at::Tensor& rows, const Fill& fill) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const int64_t num_rows = rows.size(0);
+  const auto marks = at::empty({num_rows}, rows.options().dtype(at::kBool));
+  bool* filled = marks.mutable_data_ptr<bool>();
+  if (num_rows > 0) C10_CUDA_CHECK(cudaMemsetAsync(filled, 0, num_rows, stream));
+  fill(filled);
+  if (rows.numel() == 0) return;
+  with_bytes(rows, rows, [&](auto integer, auto size) {
+    using T = decltype(integer);
+    Scatter<T> s{};
+    s.rows = static_cast<T*>(rows.mutable_data_ptr());
+    s.filled = filled;
+    s.num_rows = num_rows;
+    s.width = rows.size(1) * rows.element_size() / sizeof(T);
+    launch(moe_zero_rows_kernel<T, size>, ceil_div(num_rows, kThreads), kThreads, 0, stream, s);
+  });
+}
+
+void scatter_bytes(const at::Tensor& x, const at::Tensor& row_id_map, const at::Tensor& rows) {
+  fill_rows(rows, [&](bool* filled) {
+    if (x.numel() == 0) return;
+    with_bytes(x, rows, [&](auto integer, auto size) {
+      using T = decltype(integer);
+      const int64_t bytes = rows.element_size(), unit = sizeof(T);
+      const Scatter<T> s{static_cast<const T*>(x.const_data_ptr()),
+                         x.stride(0) * bytes / unit,
+                         row_id_map.const_data_ptr<int64_t>(),
+                         static_cast<T*>(rows.mutable_data_ptr()),
+                         filled,
+                         x.size(0),
+                         row_id_map.size(1),
+                         rows.size(0),
+                         rows.size(1) * bytes / unit};
+      launch(moe_scatter_rows_kernel<T, size>, ceil_div(s.tokens * (s.width / size), kThreads),
+             kThreads, 0, c10::cuda::getCurrentCUDAStream(), s);
+    });
+  });
 }
 
 // ---- gather: a thread has 16 bytes of an output row and adds up its K pieces in slot order -----
@@ -118,10 +134,15 @@ struct SlotRows {
   const int64_t* row_id_map;  // [T, K]
   int64_t tokens, top_k, num_rows, width;
 
+  // -1 for a slot without a row.
+  __device__ int64_t index(int64_t slot) const {
+    const int64_t row = row_id_map[slot];
+    return row >= 0 && row < num_rows ? row : -1;
+  }
   // Null for a slot without a row.
   __device__ const scalar_t* operator[](int64_t slot) const {
-    const int64_t row = row_id_map[slot];
-    return row >= 0 && row < num_rows ? rows + row * stride : nullptr;
+    const int64_t row = index(slot);
+    return row >= 0 ? rows + row * stride : nullptr;
   }
 };
 
@@ -162,31 +183,59 @@ __global__ void __launch_bounds__(kThreads)
   result.store(out + token * slots.width + column);
 }
 
-// ---- dot: a warp takes a slot, in a fixed order ------------------------------------------------
+// ---- gradients of a gather with weights: a warp takes a slot ------------------------------------
 
-template <typename scalar_t, typename out_t, int kSize>
+template <typename scalar_t>
+struct GatherBackward {
+  using compute_t = compute_type<scalar_t>;
+  SlotRows<scalar_t>
+      slots;             // the rows that were gathered, null if no gradient of weights is wanted
+  const scalar_t* grad;  // [T, H]
+  int64_t grad_stride;
+  RowWeights<scalar_t> weights;
+  scalar_t* grad_rows;           // [N, H]
+  bool* filled;                  // [N], false at first
+  compute_t* wide_grad_weights;  // [T, K], one of the two or none
+  scalar_t* narrow_grad_weights;
+};
+
+// grad_rows[row] = weight grad[t] and grad_weights[t, k] = <grad[t], row>, in a fixed order. The K
+// warps of a token are neighbours: its gradient comes from memory once.
+template <typename scalar_t, int kSize>
 __global__ void __launch_bounds__(kThreads)
-    moe_dot_rows_kernel(const SlotRows<scalar_t> slots, const scalar_t* grad, int64_t grad_stride,
-                        out_t* out) {
+    moe_gather_rows_backward_kernel(const GatherBackward<scalar_t> b) {
   using compute_t = compute_type<scalar_t>;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t slot = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kWarpSize;
-  if (slot >= slots.tokens * slots.top_k) return;
-  const scalar_t* row = slots[slot];
-  const scalar_t* grad_row = grad + slot / slots.top_k * grad_stride;
+  if (slot >= b.slots.tokens * b.slots.top_k) return;
+  const int64_t row = b.slots.index(slot), width = b.slots.width;
   compute_t sum = 0;
-  if (row != nullptr) {
-    for (int64_t column = lane * kSize; column < slots.width; column += kWarpSize * kSize) {
-      const auto a = Piece<scalar_t, kSize>::load(grad_row + column);
-      const auto b = Piece<scalar_t, kSize>::load(row + column);
+  if (row >= 0) {
+    const compute_t weight = b.weights[slot];
+    const scalar_t* grad = b.grad + slot / b.slots.top_k * b.grad_stride;
+    for (int64_t column = lane * kSize; column < width; column += kWarpSize * kSize) {
+      const auto piece = Piece<scalar_t, kSize>::load(grad + column);
+      Piece<scalar_t, kSize> values{}, scaled;
+      if (b.slots.rows != nullptr) {
+        values = Piece<scalar_t, kSize>::load(b.slots.rows + row * b.slots.stride + column);
+      }
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        sum += static_cast<compute_t>(a.values[j]) * static_cast<compute_t>(b.values[j]);
+        const auto value = static_cast<compute_t>(piece.values[j]);
+        scaled.values[j] = static_cast<scalar_t>(weight * value);
+        sum += value * static_cast<compute_t>(values.values[j]);
       }
+      scaled.store(b.grad_rows + row * width + column);
     }
+    if (lane == 0) b.filled[row] = true;
   }
   sum = team_reduce<kWarpSize>(sum, Sum{});
-  if (lane == 0) out[slot] = static_cast<out_t>(sum);
+  if (lane != 0) return;
+  if (b.wide_grad_weights != nullptr) {
+    b.wide_grad_weights[slot] = sum;
+  } else if (b.narrow_grad_weights != nullptr) {
+    b.narrow_grad_weights[slot] = static_cast<scalar_t>(sum);
+  }
 }
 
 template <typename scalar_t>
@@ -222,14 +271,41 @@ void gather(const at::Tensor& rows, const at::Tensor& row_id_map,
   });
 }
 
-template <typename scalar_t, typename out_t>
-void dot(const at::Tensor& grad, const at::Tensor& rows, const at::Tensor& row_id_map,
-         const at::Tensor& out) {
-  const auto slots = make_slot_rows<scalar_t>(rows, row_id_map);
-  with_piece_size<scalar_t>(rows, grad, [&](auto size) {
-    launch(moe_dot_rows_kernel<scalar_t, out_t, size>, ceil_div(out.numel(), kThreads / kWarpSize),
-           kThreads, 0, c10::cuda::getCurrentCUDAStream(), slots, grad.const_data_ptr<scalar_t>(),
-           grad.stride(0), out.mutable_data_ptr<out_t>());
+// `rows` and `grad_weights` may be absent: the gradient of the rows alone.
+template <typename scalar_t>
+void gather_backward(const at::Tensor& grad, const std::optional<at::Tensor>& rows,
+                     const at::Tensor& row_id_map, const at::Tensor& weights,
+                     const at::Tensor& grad_rows, const std::optional<at::Tensor>& grad_weights) {
+  using compute_t = compute_type<scalar_t>;
+  fill_rows(grad_rows, [&](bool* filled) {
+    if (row_id_map.numel() == 0) return;
+    GatherBackward<scalar_t> b{make_slot_rows<scalar_t>(rows ? *rows : grad_rows, row_id_map),
+                               grad.const_data_ptr<scalar_t>(),
+                               grad.stride(0),
+                               RowWeights<scalar_t>(weights),
+                               grad_rows.mutable_data_ptr<scalar_t>(),
+                               filled,
+                               nullptr,
+                               nullptr};
+    if (!rows) b.slots.rows = nullptr;
+    if (grad_weights) {
+      if (grad_weights->scalar_type() == c10::CppTypeToScalarType<compute_t>::value) {
+        b.wide_grad_weights = grad_weights->mutable_data_ptr<compute_t>();
+      } else {
+        b.narrow_grad_weights = grad_weights->mutable_data_ptr<scalar_t>();
+      }
+    }
+    const auto run = [&](auto size) {
+      launch(moe_gather_rows_backward_kernel<scalar_t, size>,
+             ceil_div(row_id_map.numel(), kThreads / kWarpSize), kThreads, 0,
+             c10::cuda::getCurrentCUDAStream(), b);
+    };
+    const bool whole = has_whole_pieces(grad) && has_whole_pieces(grad_rows);
+    if (whole && (!rows || has_whole_pieces(*rows))) {
+      run(std::integral_constant<int, kPieceSize<scalar_t>>{});
+    } else {
+      run(std::integral_constant<int, 1>{});
+    }
   });
 }
 
@@ -239,9 +315,11 @@ void moe_scatter_rows_cuda(const at::Tensor& x, const at::Tensor& row_id_map,
                            const std::optional<at::Tensor>& weights, const at::Tensor& rows) {
   if (rows.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(rows.device());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(),
-                                  "moe_scatter_rows_cuda",
-                                  [&] { scatter<scalar_t>(x, row_id_map, weights, rows); });
+  if (!weights) return scatter_bytes(x, row_id_map, rows);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, rows.scalar_type(), "moe_scatter_rows_cuda", [&] {
+        gather_backward<scalar_t>(x, std::nullopt, row_id_map, *weights, rows, std::nullopt);
+      });
 }
 
 void moe_gather_rows_cuda(const at::Tensor& rows, const at::Tensor& row_id_map,
@@ -253,19 +331,13 @@ void moe_gather_rows_cuda(const at::Tensor& rows, const at::Tensor& row_id_map,
                                   [&] { gather<scalar_t>(rows, row_id_map, weights, out); });
 }
 
-void moe_dot_rows_cuda(const at::Tensor& grad, const at::Tensor& rows, const at::Tensor& row_id_map,
-                       const at::Tensor& out) {
-  if (out.numel() == 0) return;
-  const c10::cuda::CUDAGuard guard(out.device());
+void moe_gather_rows_backward_cuda(const at::Tensor& grad, const at::Tensor& rows,
+                                   const at::Tensor& row_id_map, const at::Tensor& weights,
+                                   const at::Tensor& grad_rows, const at::Tensor& grad_weights) {
+  const c10::cuda::CUDAGuard guard(grad.device());
   AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, rows.scalar_type(), "moe_dot_rows_cuda", [&] {
-        using compute_t = compute_type<scalar_t>;
-        if (out.scalar_type() == c10::CppTypeToScalarType<compute_t>::value) {
-          dot<scalar_t, compute_t>(grad, rows, row_id_map, out);
-        } else {
-          dot<scalar_t, scalar_t>(grad, rows, row_id_map, out);
-        }
-      });
+      at::kHalf, at::kBFloat16, grad.scalar_type(), "moe_gather_rows_backward_cuda",
+      [&] { gather_backward<scalar_t>(grad, rows, row_id_map, weights, grad_rows, grad_weights); });
 }
 
 }  // namespace equipoise

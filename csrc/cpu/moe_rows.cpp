@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// scatter: out[map[t, k]] = w tokens[t];  gather: out[t] = sum_k w rows[map[t, k]];  dot:
-// <tokens[t], rows[map[t, k]]>. One token after the other. Sums run in slot order, in float32
-// (float64 for float64), and are rounded once; a row is taken in pieces that stay in registers, so
-// each is read once.
+// copy: out[map[t, k]] = tokens[t];  scatter: out[map[t, k]] = w tokens[t] and, where wanted, dots
+// <tokens[t], rows[map[t, k]]>;  gather: out[t] = sum_k w rows[map[t, k]]. One token after the
+// other. Sums run in slot order, in float32 (float64 for float64), and are rounded once; a row is
+// taken in pieces that stay in registers, so each is read once.
 #include "moe_rows.h"
 
 #include <ATen/cpu/vec/functional.h>
@@ -15,6 +15,42 @@ namespace equipoise::cpu::CPU_CAPABILITY {
 namespace {
 
 using at::vec::Vectorized;
+
+constexpr int64_t kVectorBytes = sizeof(Vectorized<float>);
+
+/// Writes one vector past the caches; `to` is a multiple of kVectorBytes.
+inline void stream(void* to, const void* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(CPU_CAPABILITY_AVX2)
+  _mm256_stream_si256(static_cast<__m256i*>(to),
+                      _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+#else
+  __builtin_memcpy(to, from, kVectorBytes);
+#endif
+}
+
+/// What was streamed is seen by others behind this.
+inline void end_of_stream() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+
+/// Elements up to the first place that can be streamed to.
+template <typename scalar_t>
+int64_t size_of_head(const scalar_t* to, int64_t width) {
+  const int64_t bytes = -reinterpret_cast<uintptr_t>(to) % kVectorBytes;
+  const int64_t head = bytes / static_cast<int64_t>(sizeof(scalar_t));
+  return head < width ? head : width;
+}
+
+inline void stream_bytes(const uint8_t* from, int64_t count, uint8_t* to) {
+  int64_t i = size_of_head(to, count);
+  __builtin_memcpy(to, from, i);
+  for (; i + kVectorBytes <= count; i += kVectorBytes) stream(to + i, from + i);
+  __builtin_memcpy(to + i, from + i, count - i);
+}
 
 template <typename scalar_t>
 using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
@@ -47,66 +83,143 @@ struct Piece {
     }
     return piece;
   }
-  void store(scalar_t* to, int64_t count) const {
-    Vectorized<scalar_t> out;
+  Vectorized<scalar_t> narrow() const {
     if constexpr (kParts == 1) {
-      out = part[0];
+      return part[0];
     } else {
-      out = at::vec::convert_from_float<scalar_t>(part[0], part[1]);
+      return at::vec::convert_from_float<scalar_t>(part[0], part[1]);
     }
-    out.store(to, count >= kSize ? kSize : count);
+  }
+  void store(scalar_t* to, int64_t count) const {
+    narrow().store(to, count >= kSize ? kSize : count);
   }
 };
 
-}  // namespace
-
-template <typename scalar_t, typename weight_t>
-void scatter_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end) {
+/// to = weight from.
+template <bool kStream, typename scalar_t>
+void scale_row(const scalar_t* from, compute_t<scalar_t> factor, int64_t width, scalar_t* to) {
   using P = Piece<scalar_t>;
-  using T = compute_t<scalar_t>;
+  const typename P::Vec weight(factor);
+  const auto scaled = [&](int64_t h, int64_t count) {
+    auto piece = P::load(from + h, count);
+    for (auto& part : piece.part) part = part * weight;
+    return piece;
+  };
+  int64_t h = 0;
+  if constexpr (kStream) {
+    h = size_of_head(to, width);
+    if (h > 0) scaled(0, h).store(to, h);
+  }
+  for (; h + P::kSize <= width; h += P::kSize) {
+    if constexpr (kStream) {
+      const auto values = scaled(h, P::kSize).narrow();
+      stream(to + h, &values);
+    } else {
+      scaled(h, P::kSize).store(to + h, P::kSize);
+    }
+  }
+  if (h < width) scaled(h, width - h).store(to + h, width - h);
+}
+
+template <typename scalar_t>
+compute_t<scalar_t> dot(const scalar_t* a, const scalar_t* b, int64_t width) {
+  using P = Piece<scalar_t>;
+  auto sum = P::zero();
+  for (int64_t h = 0; h < width; h += P::kSize) {
+    const auto x = P::load(a + h, width - h), y = P::load(b + h, width - h);
+    for (int64_t i = 0; i < P::kParts; ++i)
+      sum.part[i] = at::vec::fmadd(x.part[i], y.part[i], sum.part[i]);
+  }
+  compute_t<scalar_t> result = 0;
+  for (const auto& part : sum.part) {
+    result +=
+        at::vec::vec_reduce_all<compute_t<scalar_t>>([](auto& x, auto& y) { return x + y; }, part);
+  }
+  return result;
+}
+
+template <bool kStream, typename scalar_t, typename weight_t>
+void scatter(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     const scalar_t* token = m.tokens + t * m.token_stride;
-    for (int64_t k = 0; k < m.top_k; ++k) {
-      const int64_t row = m.map[t * m.top_k + k];
-      if (row < 0) continue;
-      scalar_t* out = m.out + row * m.width;
-      if (m.weights == nullptr) {
-        __builtin_memcpy(out, token, m.width * sizeof(scalar_t));
-        continue;
+    for (int64_t slot = t * m.top_k; slot < (t + 1) * m.top_k; ++slot) {
+      const int64_t row = m.map[slot];
+      compute_t<scalar_t> product = 0;
+      if (row >= 0) {
+        // Row by row, so that the order of the sum is that of the columns wherever `out` starts;
+        // the token stays in the cache.
+        if (m.dots != nullptr) product = dot(token, m.rows + row * m.row_stride, m.width);
+        scale_row<kStream>(token, static_cast<compute_t<scalar_t>>(m.weights[slot]), m.width,
+                           m.out + row * m.width);
       }
-      const typename P::Vec weight(static_cast<T>(m.weights[t * m.top_k + k]));
-      for (int64_t h = 0; h < m.width; h += P::kSize) {
-        auto piece = P::load(token + h, m.width - h);
-        for (auto& part : piece.part) part = part * weight;
-        piece.store(out + h, m.width - h);
-      }
+      if (m.dots != nullptr) m.dots[slot] = static_cast<weight_t>(product);
+    }
+  }
+  if constexpr (kStream) end_of_stream();
+}
+
+/// Calls function(token, row of out) for each slot that has a row.
+template <typename F>
+void for_each_slot(const MoeRows<uint8_t, uint8_t>& m, int64_t begin, int64_t end,
+                   const F& function) {
+  for (int64_t t = begin; t < end; ++t) {
+    for (int64_t slot = t * m.top_k; slot < (t + 1) * m.top_k; ++slot) {
+      const int64_t row = m.map[slot];
+      if (row >= 0) function(m.tokens + t * m.token_stride, m.out + row * m.width);
     }
   }
 }
 
+}  // namespace
+
+void copy_rows(const MoeRows<uint8_t, uint8_t>& m, int64_t begin, int64_t end) {
+  const auto copy = [&](const uint8_t* from, uint8_t* to) { __builtin_memcpy(to, from, m.width); };
+  if (m.stream) {
+    for_each_slot(m, begin, end,
+                  [&](const uint8_t* from, uint8_t* to) { stream_bytes(from, m.width, to); });
+    end_of_stream();
+  } else if (m.width == 4) {  // weights, moved like rows: a move of a known size is not a call
+    for_each_slot(m, begin, end,
+                  [](const uint8_t* from, uint8_t* to) { __builtin_memcpy(to, from, 4); });
+  } else {
+    for_each_slot(m, begin, end, copy);
+  }
+}
+
 template <typename scalar_t, typename weight_t>
-void gather_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end) {
+void scatter_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end) {
+  m.stream ? scatter<true>(m, begin, end) : scatter<false>(m, begin, end);
+}
+
+/// `kept` has room for K numbers.
+template <typename scalar_t, typename weight_t>
+void gather_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end, int64_t* kept) {
   using P = Piece<scalar_t>;
   using T = compute_t<scalar_t>;
   constexpr int64_t kUnroll =
-      4;  // so many pieces of the token's sum are kept in registers while k runs
+      4;  // so many pieces of the token's sum are kept in registers while the slots pass
   for (int64_t t = begin; t < end; ++t) {
     const int64_t* map = m.map + t * m.top_k;
     scalar_t* out = m.out + t * m.width;
+    int64_t num_kept = 0;  // slots with a row, looked for once: most of many slots have none
+    for (int64_t k = 0; k < m.top_k; ++k) {
+      kept[num_kept] = k;
+      num_kept += map[k] >= 0;
+    }
     for (int64_t h = 0; h < m.width; h += kUnroll * P::kSize) {
       P sum[kUnroll];
       for (auto& s : sum) s = P::zero();
-      for (int64_t k = 0; k < m.top_k; ++k) {
-        if (map[k] < 0) continue;
-        const scalar_t* row = m.rows + map[k] * m.width;
+      for (int64_t i = 0; i < num_kept; ++i) {
+        const int64_t k = kept[i];
+        const scalar_t* row = m.rows + map[k] * m.row_stride;
         const typename P::Vec weight(
             m.weights != nullptr ? static_cast<T>(m.weights[t * m.top_k + k]) : T(1));
         for (int64_t u = 0; u < kUnroll; ++u) {
           const int64_t at = h + u * P::kSize;
           if (at >= m.width) break;
           const auto piece = P::load(row + at, m.width - at);
-          for (int64_t i = 0; i < P::kParts; ++i)
-            sum[u].part[i] = at::vec::fmadd(weight, piece.part[i], sum[u].part[i]);
+          for (int64_t j = 0; j < P::kParts; ++j)
+            sum[u].part[j] = at::vec::fmadd(weight, piece.part[j], sum[u].part[j]);
         }
       }
       for (int64_t u = 0; u < kUnroll; ++u) {
@@ -117,38 +230,11 @@ void gather_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t en
   }
 }
 
-template <typename scalar_t, typename weight_t>
-void dot_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end) {
-  using P = Piece<scalar_t>;
-  using T = compute_t<scalar_t>;
-  for (int64_t t = begin; t < end; ++t) {
-    const scalar_t* token = m.tokens + t * m.token_stride;
-    for (int64_t k = 0; k < m.top_k; ++k) {
-      const int64_t row = m.map[t * m.top_k + k];
-      T dot = 0;
-      if (row >= 0) {
-        auto sum = P::zero();
-        for (int64_t h = 0; h < m.width; h += P::kSize) {
-          const auto a = P::load(token + h, m.width - h);
-          const auto b = P::load(m.rows + row * m.width + h, m.width - h);
-          for (int64_t i = 0; i < P::kParts; ++i)
-            sum.part[i] = at::vec::fmadd(a.part[i], b.part[i], sum.part[i]);
-        }
-        for (const auto& part : sum.part) {
-          dot += at::vec::vec_reduce_all<T>([](auto& x, auto& y) { return x + y; }, part);
-        }
-      }
-      m.dots[t * m.top_k + k] = static_cast<weight_t>(dot);
-    }
-  }
-}
-
 #define INSTANTIATE(scalar_t, weight_t)                                                       \
   template void scatter_rows<scalar_t, weight_t>(const MoeRows<scalar_t, weight_t>&, int64_t, \
                                                  int64_t);                                    \
   template void gather_rows<scalar_t, weight_t>(const MoeRows<scalar_t, weight_t>&, int64_t,  \
-                                                int64_t);                                     \
-  template void dot_rows<scalar_t, weight_t>(const MoeRows<scalar_t, weight_t>&, int64_t, int64_t);
+                                                int64_t, int64_t*);
 INSTANTIATE(double, double)
 INSTANTIATE(float, float)
 INSTANTIATE(c10::BFloat16, float)

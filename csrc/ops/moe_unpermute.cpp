@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // moe_unpermute: schema -> checks and shapes -> autograd -> registration, top to bottom.
-// The rows are moved by moe_rows.cpp on the CPU and by ../../cuda/moe_unpermute.cu and
-// moe_permute.cu on CUDA.
+// The rows are moved by moe_rows.cpp on the CPU and by ../../cuda/moe_rows.cu on CUDA.
 #include "moe_unpermute.h"
 
 #include <ATen/TensorOperators.h>
@@ -10,6 +9,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "../autograd.h"
@@ -82,11 +82,14 @@ void check(const char* op, const char* name, const Tensor& rows, const Tensor& r
 void check_rows(const char* op, const Tensor& row_id_map, int64_t num_rows) {
   if (!row_id_map.is_cpu()) return;
   const auto map = row_id_map.contiguous();
-  const int64_t* row = map.const_data_ptr<int64_t>();
-  for (int64_t slot = 0; slot < map.numel(); ++slot) {
-    TORCH_CHECK(row[slot] >= -1 && row[slot] < num_rows, op,
-                ": row_id_map must be in [-1, N = ", num_rows, "), got ", row[slot]);
-  }
+  const int64_t *begin = map.const_data_ptr<int64_t>(), *end = begin + map.numel();
+  const auto is_bad = [&](int64_t row) {
+    return static_cast<uint64_t>(row) + 1 > static_cast<uint64_t>(num_rows);
+  };
+  bool bad = false;  // first whether, then which: a loop without an exit takes several at once
+  for (const int64_t* row = begin; row < end; ++row) bad |= is_bad(*row);
+  TORCH_CHECK(!bad, op, ": row_id_map must be in [-1, N = ", num_rows, "), got ",
+              *std::find_if(begin, end, is_bad));
 }
 
 Tensor moe_unpermute_meta(const Tensor& permuted, const Tensor& row_id_map,
@@ -117,19 +120,18 @@ Gradients moe_unpermute_backward_meta(const Tensor& grad, const OptionalTensor& 
   constexpr const char* op = "moe_unpermute_backward";
   check(op, "grad", grad, row_id_map, topk_weights);
   check_sizes(op, "grad", grad, {row_id_map.sym_size(0), grad.sym_size(1)}, "[T, H]");
-  TORCH_CHECK(permuted.has_value() == topk_weights.has_value(), op,
-              ": permuted is wanted with topk_weights only");
+  TORCH_CHECK(!permuted || topk_weights, op, ": permuted is wanted with topk_weights only");
   if (permuted) {
     check_dtype(op, "permuted", *permuted, grad.scalar_type());
     check_device(op, "permuted", *permuted, "grad", grad);
     check_sizes(op, "permuted", *permuted, {num_rows, grad.sym_size(1)}, "[N, H]");
   }
   return {at::empty_symint({num_rows, grad.sym_size(1)}, grad.options()),
-          topk_weights ? at::empty_symint(row_id_map.sym_sizes(), topk_weights->options())
-                       : at::empty({0}, grad.options())};
+          permuted ? at::empty_symint(row_id_map.sym_sizes(), topk_weights->options())
+                   : at::empty({0}, grad.options())};
 }
 
-template <auto scatter, auto dot>
+template <auto scatter, auto gather_backward>
 Gradients moe_unpermute_backward_run(const Tensor& grad_in, const OptionalTensor& permuted,
                                      const Tensor& row_id_map, const OptionalTensor& topk_weights,
                                      c10::SymInt num_rows) {
@@ -137,9 +139,13 @@ Gradients moe_unpermute_backward_run(const Tensor& grad_in, const OptionalTensor
       moe_unpermute_backward_meta(grad_in, permuted, row_id_map, topk_weights, num_rows);
   const auto& [grad_permuted, grad_weights] = results;
   check_rows("moe_unpermute_backward", row_id_map, grad_permuted.size(0));
-  const auto grad = grad_in.contiguous(), map = row_id_map.contiguous();
-  if (grad_permuted.numel() != 0) scatter(grad, map, contiguous(topk_weights), grad_permuted);
-  if (grad_weights.numel() != 0) dot(grad, as_rows(*permuted), map, grad_weights);
+  const auto grad = as_rows(grad_in), map = row_id_map.contiguous();
+  if (permuted) {
+    gather_backward(grad, as_rows(*permuted), map, topk_weights->contiguous(), grad_permuted,
+                    grad_weights);
+  } else if (grad_permuted.numel() != 0) {
+    scatter(grad, map, contiguous(topk_weights), grad_permuted);
+  }
   return results;
 }
 
@@ -154,18 +160,19 @@ struct MoeUnpermute : torch::autograd::Function<MoeUnpermute> {
   static Tensor forward(AutogradContext* ctx, const Tensor& permuted, const Tensor& row_id_map,
                         const OptionalTensor& topk_weights) {
     at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward(
-        {topk_weights ? permuted : Tensor(), row_id_map, topk_weights ? *topk_weights : Tensor()});
+    const bool weights_have_gradient = topk_weights && topk_weights->requires_grad();
+    ctx->save_for_backward({weights_have_gradient ? permuted : Tensor(), row_id_map,
+                            topk_weights ? *topk_weights : Tensor()});
     ctx->saved_data["num_rows"] = permuted.sym_size(0);
     return call_op(permuted, row_id_map, topk_weights);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto weights = if_defined(saved[2]);
+    const auto permuted = if_defined(saved[0]);
     auto [grad_permuted, grad_weights] = call_backward_op(
-        grads[0], if_defined(saved[0]), saved[1], weights, ctx->saved_data["num_rows"].toSymInt());
-    return {grad_permuted, Tensor(), weights ? grad_weights : Tensor()};
+        grads[0], permuted, saved[1], if_defined(saved[2]), ctx->saved_data["num_rows"].toSymInt());
+    return {grad_permuted, Tensor(), permuted ? grad_weights : Tensor()};
   }
 };
 
@@ -191,7 +198,7 @@ Gradients moe_unpermute_backward_composite(const Tensor& grad, const OptionalTen
       at::zeros_symint({num_rows, width}, grad.options().dtype(compute))
           .index_add(0, rows, contribution.reshape_symint({tokens * top_k, width}))
           .to(grad.scalar_type());
-  if (!topk_weights) return {grad_permuted, at::empty({0}, grad.options())};
+  if (!permuted) return {grad_permuted, at::empty({0}, grad.options())};
   const auto gathered =
       permuted->to(compute).index_select(0, rows).reshape_symint({tokens, top_k, width});
   const auto grad_weights =
@@ -220,14 +227,14 @@ TORCH_LIBRARY_IMPL(equipoise, Meta, m) {
 TORCH_LIBRARY_IMPL(equipoise, CPU, m) {
   m.impl("moe_unpermute", moe_unpermute_run<moe_gather_rows_cpu>);
   m.impl("moe_unpermute_backward",
-         moe_unpermute_backward_run<moe_scatter_rows_cpu, moe_dot_rows_cpu>);
+         moe_unpermute_backward_run<moe_scatter_rows_cpu, moe_gather_rows_backward_cpu>);
 }
 #endif
 #ifdef EQUIPOISE_WITH_CUDA
 TORCH_LIBRARY_IMPL(equipoise, EQUIPOISE_CUDA_KEY, m) {
   m.impl("moe_unpermute", moe_unpermute_run<moe_gather_rows_cuda>);
   m.impl("moe_unpermute_backward",
-         moe_unpermute_backward_run<moe_scatter_rows_cuda, moe_dot_rows_cuda>);
+         moe_unpermute_backward_run<moe_scatter_rows_cuda, moe_gather_rows_backward_cuda>);
 }
 #endif
 TORCH_LIBRARY_IMPL(equipoise, Autograd, m) {
