@@ -20,6 +20,46 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// ---- many slots --------------------------------------------------------------------------------
+
+// With more slots than this a token has one for each expert, most of them without a row: warps take
+// pieces of one token and look at 32 slots at once.
+constexpr int64_t kManySlots = kWarpSize;
+
+// The token and the first column of this thread; the lanes of a warp have one token.
+struct Share {
+  int64_t token, column;
+
+  __device__ Share(int64_t width, int size) {
+    const int64_t warp = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kWarpSize;
+    const int64_t warps = warps_of_token(width, size);
+    token = warp / warps;
+    column = (warp % warps * kWarpSize + threadIdx.x % kWarpSize) * size;
+  }
+  static __host__ __device__ int64_t warps_of_token(int64_t width, int size) {
+    return (width / size + kWarpSize - 1) / kWarpSize;
+  }
+  static int64_t blocks(int64_t tokens, int64_t width, int size) {
+    return ceil_div(tokens * warps_of_token(width, size), kThreads / kWarpSize);
+  }
+};
+
+// Calls function(slot, row) with the whole warp for the slots from `begin` that have a row, in
+// order.
+template <typename Function>
+__device__ void for_each_row(const int64_t* row_id_map, int64_t begin, int64_t end,
+                             int64_t num_rows, const Function& function) {
+  const int lane = threadIdx.x % kWarpSize;
+  for (int64_t first = begin; first < end; first += kWarpSize) {
+    const int64_t row = first + lane < end ? row_id_map[first + lane] : -1;
+    const bool has_row = row >= 0 && row < num_rows;
+    for (unsigned rest = __ballot_sync(kFullMask, has_row); rest != 0; rest &= rest - 1) {
+      const int source = __ffs(rest) - 1;
+      function(first + source, __shfl_sync(kFullMask, row, source));
+    }
+  }
+}
+
 // ---- scatter: x is read once and written K times -----------------------------------------------
 
 // Rows of any type, as pieces of kSize integers: stride and width count integers.
@@ -47,6 +87,21 @@ __global__ void __launch_bounds__(kThreads) moe_scatter_rows_kernel(const Scatte
     x.store(s.rows + row * s.width + column);
     if (column == 0) s.filled[row] = true;
   }
+}
+
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kThreads)
+    moe_scatter_rows_of_many_slots_kernel(const Scatter<T> s) {
+  const Share share(s.width, kSize);
+  if (share.token >= s.tokens) return;
+  const bool has_piece = share.column < s.width;
+  Piece<T, kSize> x{};
+  if (has_piece) x = Piece<T, kSize>::load(s.x + share.token * s.x_stride + share.column);
+  const int64_t begin = share.token * s.top_k;
+  for_each_row(s.row_id_map, begin, begin + s.top_k, s.num_rows, [&](int64_t, int64_t row) {
+    if (has_piece) x.store(s.rows + row * s.width + share.column);
+    if (share.column == 0) s.filled[row] = true;
+  });
 }
 
 // Zeroes the rows that no slot filled. Each warp looks at 32 rows at once: most often all are
@@ -118,8 +173,14 @@ void scatter_bytes(const at::Tensor& x, const at::Tensor& row_id_map, const at::
                          row_id_map.size(1),
                          rows.size(0),
                          rows.size(1) * bytes / unit};
-      launch(moe_scatter_rows_kernel<T, size>, ceil_div(s.tokens * (s.width / size), kThreads),
-             kThreads, 0, c10::cuda::getCurrentCUDAStream(), s);
+      const auto stream = c10::cuda::getCurrentCUDAStream();
+      if (s.top_k > kManySlots) {
+        launch(moe_scatter_rows_of_many_slots_kernel<T, size>,
+               Share::blocks(s.tokens, s.width, size), kThreads, 0, stream, s);
+      } else {
+        launch(moe_scatter_rows_kernel<T, size>, ceil_div(s.tokens * (s.width / size), kThreads),
+               kThreads, 0, stream, s);
+      }
     });
   });
 }
@@ -181,6 +242,34 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int j = 0; j < kSize; ++j) result.values[j] = static_cast<scalar_t>(sum[j]);
   result.store(out + token * slots.width + column);
+}
+
+template <typename scalar_t, int kSize>
+__global__ void __launch_bounds__(kThreads)
+    moe_gather_rows_of_many_slots_kernel(const SlotRows<scalar_t> slots,
+                                         const RowWeights<scalar_t> weights, scalar_t* out) {
+  using compute_t = compute_type<scalar_t>;
+  const Share share(slots.width, kSize);
+  if (share.token >= slots.tokens) return;
+  const bool has_piece = share.column < slots.width;
+  compute_t sum[kSize] = {};
+  const int64_t begin = share.token * slots.top_k;
+  for_each_row(slots.row_id_map, begin, begin + slots.top_k, slots.num_rows,
+               [&](int64_t slot, int64_t row) {
+                 if (!has_piece) return;
+                 const auto piece =
+                     Piece<scalar_t, kSize>::load(slots.rows + row * slots.stride + share.column);
+                 const compute_t weight = weights[slot];
+#pragma unroll
+                 for (int j = 0; j < kSize; ++j) {
+                   sum[j] += weight * static_cast<compute_t>(piece.values[j]);
+                 }
+               });
+  if (!has_piece) return;
+  Piece<scalar_t, kSize> result;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) result.values[j] = static_cast<scalar_t>(sum[j]);
+  result.store(out + share.token * slots.width + share.column);
 }
 
 // ---- gradients of a gather with weights: a warp takes a slot ------------------------------------
@@ -264,10 +353,17 @@ void gather(const at::Tensor& rows, const at::Tensor& row_id_map,
             const std::optional<at::Tensor>& weights, const at::Tensor& out) {
   const auto slots = make_slot_rows<scalar_t>(rows, row_id_map);
   with_piece_size<scalar_t>(rows, out, [&](auto size) {
-    const int64_t pieces = slots.tokens * (slots.width / size);
-    launch(moe_gather_rows_kernel<scalar_t, size>, ceil_div(pieces, kThreads), kThreads, 0,
-           c10::cuda::getCurrentCUDAStream(), slots, RowWeights<scalar_t>(weights),
-           out.mutable_data_ptr<scalar_t>());
+    const auto run = [&](auto kernel, int64_t blocks) {
+      launch(kernel, blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream(), slots,
+             RowWeights<scalar_t>(weights), out.mutable_data_ptr<scalar_t>());
+    };
+    if (slots.top_k > kManySlots) {
+      run(moe_gather_rows_of_many_slots_kernel<scalar_t, size>,
+          Share::blocks(slots.tokens, slots.width, size));
+    } else {
+      run(moe_gather_rows_kernel<scalar_t, size>,
+          ceil_div(slots.tokens * (slots.width / size), kThreads));
+    }
   });
 }
 
