@@ -48,6 +48,12 @@ void moe_gather_rows_backward_cuda(const at::Tensor& grad, const at::Tensor& row
                                    const at::Tensor& row_id_map, const at::Tensor& weights,
                                    const at::Tensor& grad_rows, const at::Tensor& grad_weights);
 
+/// topk_indices [T, K] int64 contiguous and not empty -> num_tokens_per_rank [R] int32,
+/// num_tokens_per_expert [E] int32, is_token_in_rank [T, R] bool.
+void dispatch_layout_cuda(const at::Tensor& topk_indices, const at::Tensor& num_tokens_per_rank,
+                          const at::Tensor& num_tokens_per_expert,
+                          const at::Tensor& is_token_in_rank);
+
 /// values [L] and total [] from sums [2 E + 5]; kinds are BalanceLossKind numbers (L <= 32), a
 /// negative one gives 0. coefficients [L] float32 on the device.
 void balance_loss_cuda(const at::Tensor& sums, const at::Tensor& coefficients,

@@ -19,10 +19,12 @@ from torch.utils._pytree import _register_namedtuple
 from . import ops
 
 __all__ = [
+    "DispatchLayout",
     "LossReport",
     "PermuteResult",
     "RoutingResult",
     "balance_loss",
+    "dispatch_layout",
     "expert_bincount",
     "expert_capacity",
     "moe_permute",
@@ -400,6 +402,45 @@ def moe_unpermute(
     return ops.moe_unpermute(permuted, row_id_map, topk_weights)
 
 
+class DispatchLayout(NamedTuple):
+    """What ``dispatch_layout`` returns, as DeepEP's ``dispatch`` takes it."""
+
+    num_tokens_per_rank: Tensor
+    """[R] int32, tokens with at least one expert of the rank."""
+    num_tokens_per_expert: Tensor
+    """[E] int32, slots that chose the expert."""
+    is_token_in_rank: Tensor
+    """[T, R] bool, whether the token has an expert of the rank."""
+
+
+def dispatch_layout(topk_indices: Tensor, num_ranks: int, num_experts: int) -> DispatchLayout:
+    """Which ranks each token is sent to, and how many tokens ranks and experts get.
+
+    The contract of ``Buffer.get_dispatch_layout`` of DeepEP: the experts are dealt to the ranks in
+    equal contiguous runs, a token counts once for a rank, however many of its slots go there, and
+    the counts are int32 (those of the other functions here are int64). No gradient.
+
+    Args:
+        topk_indices: [T, K] int64 with T K < 2^31; -1 is skipped. Others outside [0, E) raise on
+            the CPU and are skipped on CUDA.
+        num_ranks: R, a divisor of E.
+        num_experts: E.
+
+    Returns:
+        DispatchLayout. Its sizes depend on shapes alone, so nothing waits for the device.
+
+    Four experts on two ranks; both slots of the first token go to the first of them:
+
+    >>> topk_indices = torch.tensor([[0, 1], [1, 3], [3, -1]])
+    >>> layout = dispatch_layout(topk_indices, num_ranks=2, num_experts=4)
+    >>> layout.num_tokens_per_rank.tolist(), layout.num_tokens_per_expert.tolist()
+    ([2, 2], [1, 2, 0, 2])
+    >>> layout.is_token_in_rank.tolist()
+    [[True, False], [True, True], [False, True]]
+    """
+    return DispatchLayout(*ops.dispatch_layout(topk_indices, num_ranks, num_experts))
+
+
 class LossReport(NamedTuple):
     """What ``balance_loss`` returns."""
 
@@ -457,7 +498,7 @@ def z_loss(routing: RoutingResult) -> Tensor:
 
 
 # A saved export names the types of its results; without these lines it could not.
-for _result in (RoutingResult, PermuteResult, LossReport):
+for _result in (RoutingResult, PermuteResult, DispatchLayout, LossReport):
     _register_namedtuple(_result, serialized_type_name=f"equipoise.{_result.__name__}")
 
 

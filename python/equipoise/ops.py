@@ -16,6 +16,7 @@ _OPS = torch.ops.equipoise
 
 balance_loss = _OPS.balance_loss.default
 balance_loss_backward = _OPS.balance_loss_backward.default
+dispatch_layout = _OPS.dispatch_layout.default
 expert_bincount = _OPS.expert_bincount.default
 expert_bincount_backward = _OPS.expert_bincount_backward.default
 moe_permute = _OPS.moe_permute.default
@@ -28,6 +29,7 @@ topk_gating_backward = _OPS.topk_gating_backward.default
 __all__ = [
     "balance_loss",
     "balance_loss_backward",
+    "dispatch_layout",
     "expert_bincount",
     "expert_bincount_backward",
     "moe_permute",

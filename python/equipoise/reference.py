@@ -10,7 +10,14 @@ types and in float64 for float64.
 import torch
 from torch import Tensor
 
-__all__ = ["balance_loss", "expert_bincount", "moe_permute", "moe_unpermute", "topk_gating"]
+__all__ = [
+    "balance_loss",
+    "dispatch_layout",
+    "expert_bincount",
+    "moe_permute",
+    "moe_unpermute",
+    "topk_gating",
+]
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -253,6 +260,20 @@ def moe_unpermute(
     if topk_weights is not None:
         rows = rows * topk_weights.to(dtype).unsqueeze(-1)
     return rows.sum(1).to(permuted.dtype)
+
+
+def dispatch_layout(
+    topk_indices: Tensor, num_ranks: int, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where tokens are sent to; see ``equipoise.functional.dispatch_layout``.
+
+    >>> dispatch_layout(torch.tensor([[0, 1], [3, -1]]), 2, 4)[2].tolist()
+    [[True, False], [False, True]]
+    """
+    rank = topk_indices.div(num_experts // num_ranks, rounding_mode="floor")
+    in_rank = (rank.unsqueeze(-1) == torch.arange(num_ranks, device=rank.device)).any(1)
+    per_expert = expert_bincount(topk_indices, num_experts)
+    return in_rank.sum(0, dtype=torch.int32), per_expert.int(), in_rank
 
 
 def balance_loss(

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 import pytest
+import test_dispatch_layout
 import test_expert_bincount
 import test_moe_permute
 import test_moe_unpermute
@@ -495,6 +496,29 @@ def test_nothing_to_do(shape):
         check_gating(torch.empty(0, 4), top_k=2)
 
 
+# ---- dispatch_layout -----------------------------------------------------------------------------
+
+
+def check_layout(indices, ranks, experts):
+    check(lambda i: F.dispatch_layout(i, ranks, experts), indices)
+
+
+def test_layout_of_dispatch():
+    for inputs in test_dispatch_layout.sample_inputs():
+        check_layout(*inputs)
+    # Several blocks; the most bins that a block has memory for, and one more; one token.
+    for tokens, top_k, ranks, experts in [
+        (1100, 2, 4, 12),
+        (300, 5, 6016, 6016),
+        (300, 5, 1, 12032),
+        (1, 200, 3, 6),
+    ]:
+        check_layout(torch.randint(-1, experts, (tokens, top_k)), ranks, experts)
+    bad = torch.tensor([[4, -2, 0], [2**40, 3, -(2**62)]]).cuda()
+    layout = F.dispatch_layout(bad, 2, 4)
+    assert layout.num_tokens_per_expert.tolist() == [1, 0, 0, 1]
+
+
 # ---- balance_loss --------------------------------------------------------------------------------
 
 
@@ -541,6 +565,7 @@ def test_same_bits_again():
         (layer, make_logits(40, 600).requires_grad_(), torch.randn(40, 8).requires_grad_()),
         (lambda i, w: F.expert_bincount(i, 40, w), indices, weights),
         (lambda i, w: F.moe_permute(w, i, 40), indices, weights),
+        (lambda i: F.dispatch_layout(i, 8, 40), indices),
     ]:
         first, second = (run_on_cuda(function, inputs) for _ in range(2))
         for a, b in zip(sum(first, []), sum(second, []), strict=True):
@@ -570,6 +595,7 @@ def test_what_kernels_of_torch_prepare():
         check(lambda *a, o=output: F.moe_permute(*a[:2], 3, a[2])[o].sum(), x, slots, weights)
     row_id_map = torch.randperm(16).view(8, 2)
     rows = torch.randn(16, 4).requires_grad_()
+    check_layout(slots, 3, 3)
     check(lambda *a: F.moe_unpermute(*a).sum(), rows, row_id_map, weights)
     check(lambda x: sum(t.sum() for t in gate(x, None)), base.clone().requires_grad_())
 

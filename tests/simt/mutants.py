@@ -234,6 +234,20 @@ MUTANTS = [
         "expert_bincount",
     ),
     Mutant(
+        "a token counts for a rank once per slot",
+        "dispatch_layout.cu",
+        "    if (!is_first) continue;\n",
+        "",
+        "dispatch_layout",
+    ),
+    Mutant(
+        "dropped barrier: bins are written out before they are complete",
+        "dispatch_layout.cu",
+        "  __syncthreads();\n  for (int e = threadIdx.x; e < l.experts;",
+        "  for (int e = threadIdx.x; e < l.experts;",
+        "dispatch_layout",
+    ),
+    Mutant(
         "dropped barrier: zeros are written behind the gradient",
         "balance_loss.cu",
         "grad_sums[i] = 0;\n  __syncthreads();",
