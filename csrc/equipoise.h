@@ -11,5 +11,6 @@
 #include "ops/expert_bincount.h"
 #include "ops/moe_permute.h"
 #include "ops/moe_unpermute.h"
+#include "ops/sort_chunks_by_index.h"
 #include "ops/topk_gating.h"
 #include "version.h"

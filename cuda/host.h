@@ -48,6 +48,11 @@ void moe_gather_rows_backward_cuda(const at::Tensor& grad, const at::Tensor& row
                                    const at::Tensor& row_id_map, const at::Tensor& weights,
                                    const at::Tensor& grad_rows, const at::Tensor& grad_weights);
 
+/// split_sizes [C] and order [C] int64 contiguous -> row_id_map [N, 1]: where each row goes, -1 for
+/// a row that bad values leave without a place.
+void sort_chunks_map_cuda(const at::Tensor& split_sizes, const at::Tensor& order,
+                          const at::Tensor& row_id_map);
+
 /// topk_indices [T, K] int64 contiguous and not empty -> num_tokens_per_rank [R] int32,
 /// num_tokens_per_expert [E] int32, is_token_in_rank [T, R] bool.
 void dispatch_layout_cuda(const at::Tensor& topk_indices, const at::Tensor& num_tokens_per_rank,

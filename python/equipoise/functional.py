@@ -23,6 +23,7 @@ __all__ = [
     "LossReport",
     "PermuteResult",
     "RoutingResult",
+    "SortedChunks",
     "balance_loss",
     "dispatch_layout",
     "expert_bincount",
@@ -30,6 +31,7 @@ __all__ = [
     "moe_permute",
     "moe_unpermute",
     "segment_ids_from_cu_seqlens",
+    "sort_chunks_by_index",
     "switch_loss",
     "topk_gating",
     "z_loss",
@@ -402,6 +404,48 @@ def moe_unpermute(
     return ops.moe_unpermute(permuted, row_id_map, topk_weights)
 
 
+class SortedChunks(NamedTuple):
+    """What ``sort_chunks_by_index`` returns."""
+
+    sorted: Tensor
+    """[N, H] the rows of ``x``, chunks in their new order; differentiable."""
+    sorted_probs: Tensor
+    """[N] the probability of each row; empty where none were given; differentiable."""
+    row_id_map: Tensor
+    """[N, 1] int64, the row of ``sorted`` that holds row n of ``x``; ``moe_unpermute`` with it
+    brings the rows back."""
+
+
+def sort_chunks_by_index(
+    x: Tensor, split_sizes: Tensor, order: Tensor, probs: Tensor | None = None
+) -> SortedChunks:
+    """Cuts the rows into chunks of neighbours and puts the chunks into another order.
+
+    After an all-to-all the rows lie rank by rank and, within each, expert by expert: with
+    ``order = arange(R * E).view(R, E).t().flatten()`` each expert's rows come together.
+    (``moe_sort_chunks_by_index`` and ``moe_sort_chunks_by_index_with_probs`` of TransformerEngine.)
+
+    Args:
+        x: [N, H], of a float type or of 8 bits.
+        split_sizes: [C] int64 or int32, how many rows each chunk has, on the device of ``x``.
+        order: [C] int64 or int32, a permutation of 0 .. C - 1: which chunk comes first, second, ...
+        probs: [N] float, moved along.
+
+    Returns:
+        SortedChunks. Its sizes depend on N alone, so nothing waits for the device.
+
+    Sizes that are negative or do not add up to N, and an order that is no permutation, raise on the
+    CPU. On CUDA a negative size is 0; rows that then have no chunk, or one that ``order`` does not
+    name exactly once, get -1 in the map and are dropped; rows of ``sorted`` left over are zero.
+
+    >>> x = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    >>> s = sort_chunks_by_index(x, torch.tensor([1, 2, 1]), torch.tensor([2, 0, 1]))
+    >>> s.sorted.flatten().tolist(), s.row_id_map.flatten().tolist()
+    ([4.0, 1.0, 2.0, 3.0], [1, 2, 3, 0])
+    """
+    return SortedChunks(*ops.sort_chunks_by_index(x, split_sizes, order, probs))
+
+
 class DispatchLayout(NamedTuple):
     """What ``dispatch_layout`` returns, as DeepEP's ``dispatch`` takes it."""
 
@@ -498,7 +542,7 @@ def z_loss(routing: RoutingResult) -> Tensor:
 
 
 # A saved export names the types of its results; without these lines it could not.
-for _result in (RoutingResult, PermuteResult, DispatchLayout, LossReport):
+for _result in (RoutingResult, PermuteResult, SortedChunks, DispatchLayout, LossReport):
     _register_namedtuple(_result, serialized_type_name=f"equipoise.{_result.__name__}")
 
 

@@ -23,6 +23,7 @@ moe_permute = _OPS.moe_permute.default
 moe_permute_out = _OPS.moe_permute_out.default
 moe_unpermute = _OPS.moe_unpermute.default
 moe_unpermute_backward = _OPS.moe_unpermute_backward.default
+sort_chunks_by_index = _OPS.sort_chunks_by_index.default
 topk_gating = _OPS.topk_gating.default
 topk_gating_backward = _OPS.topk_gating_backward.default
 
@@ -36,6 +37,7 @@ __all__ = [
     "moe_permute_out",
     "moe_unpermute",
     "moe_unpermute_backward",
+    "sort_chunks_by_index",
     "topk_gating",
     "topk_gating_backward",
 ]

@@ -16,6 +16,7 @@ __all__ = [
     "expert_bincount",
     "moe_permute",
     "moe_unpermute",
+    "sort_chunks_by_index",
     "topk_gating",
 ]
 
@@ -260,6 +261,24 @@ def moe_unpermute(
     if topk_weights is not None:
         rows = rows * topk_weights.to(dtype).unsqueeze(-1)
     return rows.sum(1).to(permuted.dtype)
+
+
+def sort_chunks_by_index(
+    x: Tensor, split_sizes: Tensor, order: Tensor, probs: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunks in another order; see ``equipoise.functional.sort_chunks_by_index``.
+
+    >>> x = torch.tensor([[1.0], [2.0], [3.0]])
+    >>> sort_chunks_by_index(x, torch.tensor([1, 2]), torch.tensor([1, 0]))[0].tolist()
+    [[2.0], [3.0], [1.0]]
+    """
+    rows = torch.arange(x.size(0), device=x.device)
+    chunks = rows.split(split_sizes.tolist())
+    source = torch.cat([rows[:0], *(chunks[i] for i in order.tolist())])
+    row_id_map = torch.empty_like(rows)
+    row_id_map[source] = rows
+    no_probs = x.new_empty(0, dtype=_compute_dtype(x.dtype))
+    return x[source], no_probs if probs is None else probs[source], row_id_map.unsqueeze(1)
 
 
 def dispatch_layout(

@@ -16,6 +16,7 @@ import test_dispatch_layout
 import test_expert_bincount
 import test_moe_permute
 import test_moe_unpermute
+import test_sort_chunks_by_index
 import test_topk_gating
 import torch
 from helpers import FLOATS, tolerance
@@ -496,6 +497,34 @@ def test_nothing_to_do(shape):
         check_gating(torch.empty(0, 4), top_k=2)
 
 
+# ---- sort_chunks_by_index ------------------------------------------------------------------------
+
+
+def check_sort_chunks(x, split_sizes, order, probs=None):
+    x = x.detach().requires_grad_()
+    probs = None if probs is None else probs.detach().requires_grad_()
+    check(F.sort_chunks_by_index, x, split_sizes, order, probs)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_sort_chunks(dtype):
+    for inputs in test_sort_chunks_by_index.sample_inputs(dtype):  # up to two chunks a thread
+        check_sort_chunks(*inputs)
+    split_sizes = torch.tensor([300, 0, 270, 1])  # several blocks
+    x, probs = torch.randn(571, 8).to(dtype), torch.rand(571).to(dtype)
+    check_sort_chunks(x, split_sizes, torch.tensor([3, 2, 0, 1]), probs)
+    check_sort_chunks(x[:0], split_sizes[1:2], torch.zeros(1).long(), probs[:0])
+    check_sort_chunks(x[:, :0], split_sizes, torch.tensor([3, 2, 0, 1]), probs)
+
+
+def test_sort_chunks_drops_rows_without_a_place():
+    rows = torch.arange(1.0, 6).unsqueeze(1).cuda()
+    split_sizes = torch.tensor([1, -1, 1, 1, 2**62]).cuda()
+    s = F.sort_chunks_by_index(rows, split_sizes, torch.tensor([3, 0, 7, 2, 0]).cuda())
+    assert s.sorted.flatten().tolist() == [3, 2, 0, 0, 0]
+    assert s.row_id_map.flatten().tolist() == [-1, 1, 0, -1, -1]
+
+
 # ---- dispatch_layout -----------------------------------------------------------------------------
 
 
@@ -595,6 +624,8 @@ def test_what_kernels_of_torch_prepare():
         check(lambda *a, o=output: F.moe_permute(*a[:2], 3, a[2])[o].sum(), x, slots, weights)
     row_id_map = torch.randperm(16).view(8, 2)
     rows = torch.randn(16, 4).requires_grad_()
+    sizes, order = torch.tensor([7, 1, 8]).int(), torch.tensor([2, 0, 1]).int()
+    check_sort_chunks(base.t(), sizes, order, base[:, 3])
     check_layout(slots, 3, 3)
     check(lambda *a: F.moe_unpermute(*a).sum(), rows, row_id_map, weights)
     check(lambda x: sum(t.sum() for t in gate(x, None)), base.clone().requires_grad_())
@@ -611,6 +642,7 @@ slots, scores = torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 7)
         (lambda a, b: F.expert_bincount(a, 3, b), slots, scores[:, :1], "weights"),
         (lambda a, b: F.moe_permute(a, b, 3), scores, slots, "topk_indices"),
         (F.moe_unpermute, scores, slots, "row_id_map"),
+        (lambda a, b: F.sort_chunks_by_index(a, b, b), scores, slots[:, 0], "split_sizes"),
         (lambda a, b: ops.balance_loss(a, b, ["z"], 1), scores[0], scores[0, :1], "coefficients"),
     ],
 )

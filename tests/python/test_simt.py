@@ -108,6 +108,12 @@ def unpermute():
     return lambda: F.moe_unpermute(permuted, row_id_map, weights), weights
 
 
+def sort_chunks():
+    split_sizes, order, x = torch.randint(0, 3, (1100,)), torch.randperm(1100), torch.randn(2200, 8)
+    x = x[: split_sizes.sum()].requires_grad_()
+    return lambda: F.sort_chunks_by_index(x, split_sizes, order), x
+
+
 def loss():
     routing = F.topk_gating(torch.randn(20, 6, requires_grad=True), 2)
     sums = routing.sums
@@ -121,6 +127,7 @@ CASES = {  # an op's call, and the input whose gradient is asked for
     "moe_permute_in_one_block": lambda: permute(100),
     "moe_permute_in_three_steps": lambda: permute(1100),
     "moe_unpermute": unpermute,
+    "sort_chunks_by_index": sort_chunks,
     "balance_loss": loss,
 }
 

@@ -248,6 +248,20 @@ MUTANTS = [
         "dispatch_layout",
     ),
     Mutant(
+        "off by one: the first row of a chunk moves with the chunk before it",
+        "sort_chunks_by_index.cu",
+        "c.begins[middle] <= row",
+        "c.begins[middle] < row",
+        "sort_chunks_by_index",
+    ),
+    Mutant(
+        "a chunk that is named twice is placed twice",
+        "sort_chunks_by_index.cu",
+        "c.named[index] == 1",
+        "c.named[index] >= 1",
+        "sort_chunks_by_index",
+    ),
+    Mutant(
         "dropped barrier: zeros are written behind the gradient",
         "balance_loss.cu",
         "grad_sums[i] = 0;\n  __syncthreads();",
