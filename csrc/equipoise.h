@@ -9,6 +9,7 @@
 #include "ops/balance_loss.h"
 #include "ops/dispatch_layout.h"
 #include "ops/expert_bincount.h"
+#include "ops/moe_align_block_size.h"
 #include "ops/moe_permute.h"
 #include "ops/moe_unpermute.h"
 #include "ops/sort_chunks_by_index.h"

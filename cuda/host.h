@@ -48,6 +48,11 @@ void moe_gather_rows_backward_cuda(const at::Tensor& grad, const at::Tensor& row
                                    const at::Tensor& row_id_map, const at::Tensor& weights,
                                    const at::Tensor& grad_rows, const at::Tensor& grad_weights);
 
+/// After slot_sort_cuda -> sorted_token_ids [M] int32, expert_ids [M / align] int32,
+/// num_tokens_post_padded [1] int32; M > 0.
+void align_blocks_cuda(const SlotSort& slots, const at::Tensor& sorted_token_ids,
+                       const at::Tensor& expert_ids, const at::Tensor& num_tokens_post_padded);
+
 /// split_sizes [C] and order [C] int64 contiguous -> row_id_map [N, 1]: where each row goes, -1 for
 /// a row that bad values leave without a place.
 void sort_chunks_map_cuda(const at::Tensor& split_sizes, const at::Tensor& order,

@@ -19,6 +19,7 @@ from torch.utils._pytree import _register_namedtuple
 from . import ops
 
 __all__ = [
+    "AlignedBlocks",
     "DispatchLayout",
     "LossReport",
     "PermuteResult",
@@ -28,6 +29,7 @@ __all__ = [
     "dispatch_layout",
     "expert_bincount",
     "expert_capacity",
+    "moe_align_block_size",
     "moe_permute",
     "moe_unpermute",
     "segment_ids_from_cu_seqlens",
@@ -446,6 +448,46 @@ def sort_chunks_by_index(
     return SortedChunks(*ops.sort_chunks_by_index(x, split_sizes, order, probs))
 
 
+class AlignedBlocks(NamedTuple):
+    """What ``moe_align_block_size`` returns, as vLLM's fused expert kernels take it."""
+
+    sorted_token_ids: Tensor
+    """[M] int32, the flat numbers t K + k of the slots, expert by expert; T K is padding."""
+    expert_ids: Tensor
+    """[M / block_size] int32, the expert of each block; -1 where there is none."""
+    num_tokens_post_padded: Tensor
+    """[1] int32, how much of ``sorted_token_ids`` belongs to experts."""
+
+
+def moe_align_block_size(topk_indices: Tensor, block_size: int, num_experts: int) -> AlignedBlocks:
+    """Groups the slots by expert, each expert padded to whole blocks, without moving any rows.
+
+    The contract of vLLM's function of the same name, results in int32 included; the slots of an
+    expert come in token order, which vLLM does not promise. M is the most that any routing
+    can need: T K + E (block_size - 1) rounded up to whole blocks, at most T K block_size. No
+    gradient.
+
+    Args:
+        topk_indices: [T, K] int64; -1 is left out. Others outside [0, E) raise on the CPU and are
+            left out on CUDA.
+        block_size: rows of a tile of the matrix product.
+        num_experts: E.
+
+    Returns:
+        AlignedBlocks. Its sizes depend on shapes alone, so nothing waits for the device.
+
+    Expert 0 has slots 1 and 2, expert 2 has slots 0, 3 and 5; slot 4 is empty:
+
+    >>> topk_indices = torch.tensor([[2, 0], [0, 2], [-1, 2]])
+    >>> blocks = moe_align_block_size(topk_indices, block_size=2, num_experts=3)
+    >>> blocks.sorted_token_ids.tolist()
+    [1, 2, 0, 3, 5, 6, 6, 6, 6, 6]
+    >>> blocks.expert_ids.tolist(), blocks.num_tokens_post_padded.tolist()
+    ([0, 2, 2, -1, -1], [6])
+    """
+    return AlignedBlocks(*ops.moe_align_block_size(topk_indices, block_size, num_experts))
+
+
 class DispatchLayout(NamedTuple):
     """What ``dispatch_layout`` returns, as DeepEP's ``dispatch`` takes it."""
 
@@ -542,7 +584,14 @@ def z_loss(routing: RoutingResult) -> Tensor:
 
 
 # A saved export names the types of its results; without these lines it could not.
-for _result in (RoutingResult, PermuteResult, SortedChunks, DispatchLayout, LossReport):
+for _result in (
+    RoutingResult,
+    PermuteResult,
+    SortedChunks,
+    AlignedBlocks,
+    DispatchLayout,
+    LossReport,
+):
     _register_namedtuple(_result, serialized_type_name=f"equipoise.{_result.__name__}")
 
 

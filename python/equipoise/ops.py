@@ -19,6 +19,7 @@ balance_loss_backward = _OPS.balance_loss_backward.default
 dispatch_layout = _OPS.dispatch_layout.default
 expert_bincount = _OPS.expert_bincount.default
 expert_bincount_backward = _OPS.expert_bincount_backward.default
+moe_align_block_size = _OPS.moe_align_block_size.default
 moe_permute = _OPS.moe_permute.default
 moe_permute_out = _OPS.moe_permute_out.default
 moe_unpermute = _OPS.moe_unpermute.default
@@ -33,6 +34,7 @@ __all__ = [
     "dispatch_layout",
     "expert_bincount",
     "expert_bincount_backward",
+    "moe_align_block_size",
     "moe_permute",
     "moe_permute_out",
     "moe_unpermute",

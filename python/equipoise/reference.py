@@ -14,6 +14,7 @@ __all__ = [
     "balance_loss",
     "dispatch_layout",
     "expert_bincount",
+    "moe_align_block_size",
     "moe_permute",
     "moe_unpermute",
     "sort_chunks_by_index",
@@ -279,6 +280,29 @@ def sort_chunks_by_index(
     row_id_map[source] = rows
     no_probs = x.new_empty(0, dtype=_compute_dtype(x.dtype))
     return x[source], no_probs if probs is None else probs[source], row_id_map.unsqueeze(1)
+
+
+def moe_align_block_size(
+    topk_indices: Tensor, block_size: int, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots in blocks of one expert; see ``equipoise.functional.moe_align_block_size``.
+
+    >>> moe_align_block_size(torch.tensor([[1], [0], [1]]), 2, 2)[0].tolist()
+    [1, 3, 0, 2, 3, 3]
+    """
+    slots = topk_indices.flatten()
+    padding, most = len(slots), len(slots) + num_experts * (block_size - 1)
+    blocks = min(len(slots), -(-most // block_size))
+    ids, experts = [], []
+    for expert in range(num_experts):
+        of_expert = (slots == expert).nonzero().flatten().tolist()
+        padded = -(-len(of_expert) // block_size)
+        ids += of_expert + [padding] * (padded * block_size - len(of_expert))
+        experts += [expert] * padded
+    size = len(ids)
+    ids += [padding] * (blocks * block_size - size)
+    experts += [-1] * (blocks - len(experts))
+    return tuple(slots.new_tensor(v, dtype=torch.int32) for v in (ids, experts, [size]))
 
 
 def dispatch_layout(

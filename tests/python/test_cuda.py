@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import test_dispatch_layout
 import test_expert_bincount
+import test_moe_align_block_size
 import test_moe_permute
 import test_moe_unpermute
 import test_sort_chunks_by_index
@@ -525,6 +526,24 @@ def test_sort_chunks_drops_rows_without_a_place():
     assert s.row_id_map.flatten().tolist() == [-1, 1, 0, -1, -1]
 
 
+# ---- moe_align_block_size ------------------------------------------------------------------------
+
+
+def check_blocks(indices, block_size, experts):
+    check(lambda i: F.moe_align_block_size(i, block_size, experts), indices)
+
+
+def test_align_block_size():
+    for inputs in test_moe_align_block_size.sample_inputs():
+        check_blocks(*inputs)
+    # More places than slots and fewer, in several blocks; the other steps of the sort.
+    for tokens, top_k, block_size, experts in [(50, 2, 16, 30), (300, 3, 1, 4), (2050, 4, 16, 30)]:
+        check_blocks(torch.randint(-1, experts, (tokens, top_k)), block_size, experts)
+    bad = torch.tensor([[4, -2, 0], [2**40, 3, -(2**62)]]).cuda()
+    blocks = F.moe_align_block_size(bad, 2, 4)
+    assert blocks.num_tokens_post_padded.tolist() == [4]
+
+
 # ---- dispatch_layout -----------------------------------------------------------------------------
 
 
@@ -595,6 +614,7 @@ def test_same_bits_again():
         (lambda i, w: F.expert_bincount(i, 40, w), indices, weights),
         (lambda i, w: F.moe_permute(w, i, 40), indices, weights),
         (lambda i: F.dispatch_layout(i, 8, 40), indices),
+        (lambda i: F.moe_align_block_size(i, 16, 40), indices),
     ]:
         first, second = (run_on_cuda(function, inputs) for _ in range(2))
         for a, b in zip(sum(first, []), sum(second, []), strict=True):
@@ -627,6 +647,7 @@ def test_what_kernels_of_torch_prepare():
     sizes, order = torch.tensor([7, 1, 8]).int(), torch.tensor([2, 0, 1]).int()
     check_sort_chunks(base.t(), sizes, order, base[:, 3])
     check_layout(slots, 3, 3)
+    check_blocks(slots, 4, 3)
     check(lambda *a: F.moe_unpermute(*a).sum(), rows, row_id_map, weights)
     check(lambda x: sum(t.sum() for t in gate(x, None)), base.clone().requires_grad_())
 

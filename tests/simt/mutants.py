@@ -234,6 +234,13 @@ MUTANTS = [
         "expert_bincount",
     ),
     Mutant(
+        "padding of a block stays as it was",
+        "moe_align_block_size.cu",
+        "if (is_padding) b.sorted_token_ids[i]",
+        "if (i >= size) b.sorted_token_ids[i]",
+        "moe_align_block_size",
+    ),
+    Mutant(
         "a token counts for a rank once per slot",
         "dispatch_layout.cu",
         "    if (!is_first) continue;\n",
