@@ -18,6 +18,22 @@ inline void check_floating(const char* op, const char* argument, const at::Tenso
       ": ", argument, " must be float32, float64, bfloat16 or float16, got ", type);
 }
 
+inline bool has_8_bits(at::ScalarType type) {
+  return type == at::kByte || type == at::kChar || c10::isFloat8Type(type);
+}
+
+/// Rows that are only moved may be of any floating dtype, and of any of 8 bits.
+inline void check_movable(const char* op, const char* argument, const at::Tensor& tensor) {
+  if (!has_8_bits(tensor.scalar_type())) check_floating(op, argument, tensor);
+}
+
+/// For the autograd part of an op that moves rows: those of 8 bits cannot be added up.
+inline void check_has_gradient(const char* op, const char* argument, const at::Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK(!tensor.requires_grad() || !has_8_bits(type), op, ": ", argument,
+              " of 8 bits has no gradient, got ", type, " that requires one");
+}
+
 inline void check_dtype(const char* op, const char* argument, const at::Tensor& tensor,
                         at::ScalarType wanted) {
   TORCH_CHECK(tensor.scalar_type() == wanted, op, ": ", argument, " must be ", wanted, ", got ",

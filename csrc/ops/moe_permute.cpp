@@ -96,12 +96,8 @@ Layout call_out_op(const Tensor& x, const Parameters& p) {
 
 constexpr const char* kOp = "moe_permute";
 
-bool has_8_bits(at::ScalarType type) {
-  return type == at::kByte || type == at::kChar || c10::isFloat8Type(type);
-}
-
 void check(const Tensor& x, const Parameters& p) {
-  if (!has_8_bits(x.scalar_type())) check_floating(kOp, "x", x);
+  check_movable(kOp, "x", x);
   TORCH_CHECK(x.dim() == 2, kOp, ": x must have shape [T, H], got ", x.sym_sizes());
   TORCH_CHECK(p.num_experts >= 1, kOp, ": num_experts must be at least 1, got ", p.num_experts);
   TORCH_CHECK(p.topk_indices.has_value() != p.routing_map.has_value(), kOp,
@@ -285,8 +281,7 @@ Results moe_permute_autograd(const Tensor& x, const Parameters& p) {
     at::AutoDispatchBelowADInplaceOrView below;
     return call_op(x, p);
   }
-  TORCH_CHECK(!requires_grad(x) || !has_8_bits(x.scalar_type()), kOp,
-              ": x of 8 bits has no gradient, got ", x.scalar_type(), " that requires one");
+  check_has_gradient(kOp, "x", x);
   Results results;
   const auto outputs = MoePermute::apply(x, p.topk_weights, p, results);
   std::get<0>(results) = outputs[0];

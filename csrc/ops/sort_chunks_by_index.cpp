@@ -59,7 +59,7 @@ void check_integers(const char* argument, const Tensor& tensor, const Tensor& x)
 
 Results sort_chunks_by_index_meta(const Tensor& x, const Tensor& split_sizes, const Tensor& order,
                                   const OptionalTensor& probs) {
-  check_floating(kOp, "x", x);
+  check_movable(kOp, "x", x);
   TORCH_CHECK(x.dim() == 2, kOp, ": x must have shape [N, H], got ", x.sym_sizes());
   check_integers("split_sizes", split_sizes, x);
   check_integers("order", order, x);
@@ -163,6 +163,7 @@ Results sort_chunks_by_index_autograd(const Tensor& x, const Tensor& split_sizes
     at::AutoDispatchBelowADInplaceOrView below;
     return call_op(x, split_sizes, order, probs);
   }
+  check_has_gradient(kOp, "x", x);
   Results results;
   const auto outputs = SortChunksByIndex::apply(x, probs, split_sizes, order, results);
   if (requires_grad(x)) std::get<0>(results) = outputs.front();

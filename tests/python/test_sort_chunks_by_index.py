@@ -42,6 +42,23 @@ def test_values(dtype):
         check(*inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_rows_of_8_bits(dtype):
+    """Are moved as bytes; with probabilities, which may have a gradient."""
+    split_sizes, order = torch.tensor([2, 0, 3]), torch.tensor([2, 1, 0])
+    for width in (3, 16, 40):
+        x = torch.randint(0, 256, (5, width), dtype=torch.uint8)
+        probs = torch.rand(5, requires_grad=True)
+        got = F.sort_chunks_by_index(x.view(dtype), split_sizes, order, probs)
+        want = reference.sort_chunks_by_index(x, split_sizes, order, probs)
+        assert got.sorted.dtype == dtype and torch.equal(got.sorted.view(torch.uint8), want[0])
+        assert torch.equal(got.sorted_probs, want[1]) and not got.sorted.requires_grad
+        assert torch.autograd.grad(got.sorted_probs.sum(), probs)[0].tolist() == [1] * 5
+    x = torch.ones(5, 4).to(torch.float8_e5m2).requires_grad_()
+    with pytest.raises(RuntimeError, match="x of 8 bits has no gradient"):
+        F.sort_chunks_by_index(x, split_sizes, order)
+
+
 def test_few_large_chunks():
     split_sizes = torch.tensor([700, 0, 1300, 1])
     check(torch.randn(2001, 8), split_sizes, torch.tensor([3, 2, 0, 1]), torch.rand(2001))
