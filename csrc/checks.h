@@ -47,13 +47,52 @@ inline void check_device(const char* op, const char* argument, const at::Tensor&
               anchor_name, " (", anchor.device(), "), got ", tensor.device());
 }
 
+inline bool has_sizes(const at::Tensor& tensor, c10::SymIntArrayRef wanted) {
+  bool same = tensor.dim() == static_cast<int64_t>(wanted.size());
+  for (size_t i = 0; same && i < wanted.size(); ++i) same = tensor.sym_size(i) == wanted[i];
+  return same;
+}
+
 /// `tensor` must have exactly the sizes `wanted`; `meaning` spells them with names, as "[T, K]".
 inline void check_sizes(const char* op, const char* argument, const at::Tensor& tensor,
                         c10::SymIntArrayRef wanted, const char* meaning) {
-  bool same = tensor.dim() == static_cast<int64_t>(wanted.size());
-  for (size_t i = 0; same && i < wanted.size(); ++i) same = tensor.sym_size(i) == wanted[i];
-  TORCH_CHECK(same, op, ": ", argument, " must have shape ", meaning, " = ", wanted, ", got ",
-              tensor.sym_sizes());
+  TORCH_CHECK(has_sizes(tensor, wanted), op, ": ", argument, " must have shape ", meaning, " = ",
+              wanted, ", got ", tensor.sym_sizes());
+}
+
+/// `tensor` must have one value for each token: the sizes of `anchor` (named `anchor_name`) without
+/// its last, and its device.
+inline void check_per_token(const char* op, const char* argument, const at::Tensor& tensor,
+                            const char* anchor_name, const at::Tensor& anchor) {
+  check_device(op, argument, tensor, anchor_name, anchor);
+  const auto wanted = anchor.sym_sizes().slice(0, anchor.dim() - 1);
+  TORCH_CHECK(has_sizes(tensor, wanted), op, ": ", argument, " must have shape of ", anchor_name,
+              " without its last = ", wanted, ", got ", tensor.sym_sizes());
+}
+
+/// segment_ids [...] int64 and num_segments >= 1 must come together.
+inline void check_segments(const char* op, const std::optional<at::Tensor>& segment_ids,
+                           const std::optional<c10::SymInt>& num_segments, const char* anchor_name,
+                           const at::Tensor& anchor) {
+  TORCH_CHECK(num_segments || !segment_ids, op, ": segment_ids needs num_segments");
+  TORCH_CHECK(segment_ids || !num_segments, op, ": num_segments needs segment_ids");
+  if (!segment_ids) return;
+  check_dtype(op, "segment_ids", *segment_ids, at::kLong);
+  check_per_token(op, "segment_ids", *segment_ids, anchor_name, anchor);
+  TORCH_CHECK(*num_segments >= 1, op, ": num_segments must be >= 1, got ", *num_segments);
+}
+
+/// On the CPU, where values can be looked at: contiguous segment_ids are in [0, num_segments). Of a
+/// token that `token_mask` (null: none) leaves out it may be anything.
+inline void check_segment_values(const char* op, const std::optional<at::Tensor>& segment_ids,
+                                 int64_t num_segments, const bool* token_mask = nullptr) {
+  if (!segment_ids) return;
+  const int64_t* ids = segment_ids->const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < segment_ids->numel(); ++t) {
+    TORCH_CHECK((ids[t] >= 0 && ids[t] < num_segments) || (token_mask && !token_mask[t]), op,
+                ": segment_ids must be in [0, num_segments) = [0, ", num_segments, "), got ",
+                ids[t], " for token ", t);
+  }
 }
 
 /// The dtype that arithmetic and float results of an op on `type` have: float64 stays, the rest is

@@ -19,15 +19,20 @@ void topk_gating_cuda(const TopKGatingArguments& arguments, const TopKGatingOutp
 void topk_gating_backward_cuda(const TopKGatingBackwardArguments& arguments,
                                const at::Tensor& grad_logits);
 
-/// indices [T, K] int64, weights [T, K] (any floating dtype) or absent, token_mask [T] bool or
-/// absent, all contiguous; counts [E] is int64 without weights, else float32 (float64 for float64
-/// weights).
+/// indices [..., K] int64 with at least one element, weights [..., K] (any floating dtype),
+/// token_mask [...] bool, segment_ids [...] int64 (the last three may be absent), all contiguous;
+/// counts [E], or [S, E] with segment_ids, is int64 without weights, else float32 (float64 for
+/// float64 weights). num_invalid [] int64: how many indices outside [-1, E) and segment ids outside
+/// [0, S) unmasked tokens had.
 void expert_bincount_cuda(const at::Tensor& indices, const std::optional<at::Tensor>& weights,
-                          const std::optional<at::Tensor>& token_mask, const at::Tensor& counts);
-/// grad_weights[t, k] = grad[indices[t, k]], 0 for a skipped slot; grad [E] has the type of the
-/// counts.
+                          const std::optional<at::Tensor>& token_mask,
+                          const std::optional<at::Tensor>& segment_ids, const at::Tensor& counts,
+                          const at::Tensor& num_invalid);
+/// grad_weights[t, k] = grad[indices[t, k]] (grad[segment_ids[t], indices[t, k]]), 0 for a skipped
+/// slot; grad has the type and shape of the counts.
 void expert_bincount_backward_cuda(const at::Tensor& grad, const at::Tensor& indices,
                                    const std::optional<at::Tensor>& token_mask,
+                                   const std::optional<at::Tensor>& segment_ids,
                                    const at::Tensor& grad_weights);
 
 /// See SlotSort; what the CPU raises on is left out and counted here.

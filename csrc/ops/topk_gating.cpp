@@ -4,12 +4,10 @@
 #include "topk_gating.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bucketize.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/log_sigmoid.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/sigmoid.h>
@@ -32,6 +30,7 @@
 #include "../cpu/topk_gating.h"
 #include "../huge_pages.h"
 #include "../library.h"
+#include "../new_empty.h"
 #include "../optional_tensor.h"
 #include "topk_gating_arguments.h"
 #ifdef EQUIPOISE_WITH_CUDA
@@ -178,23 +177,9 @@ void check_groups(const c10::SymInt& num_experts, const Parameters& p) {
 // What stands beside the logits of each token, in both directions.
 
 void check_token_mask(const char* op, const Tensor& logits, const Tensor& mask) {
-  check_device(op, "token_mask", mask, "logits", logits);
   TORCH_CHECK(mask.scalar_type() == at::kBool || mask.is_floating_point(), op,
               ": token_mask must be bool or floating weights, got ", mask.scalar_type());
-  check_sizes(op, "token_mask", mask, logits.sym_sizes().slice(0, logits.dim() - 1),
-              "of logits without its last");
-}
-
-void check_segments(const char* op, const Tensor& logits, const OptionalTensor& segment_ids,
-                    const std::optional<c10::SymInt>& num_segments) {
-  TORCH_CHECK(num_segments || !segment_ids, op, ": segment_ids needs num_segments");
-  TORCH_CHECK(segment_ids || !num_segments, op, ": num_segments needs segment_ids");
-  if (!segment_ids) return;
-  check_device(op, "segment_ids", *segment_ids, "logits", logits);
-  check_dtype(op, "segment_ids", *segment_ids, at::kLong);
-  check_sizes(op, "segment_ids", *segment_ids, logits.sym_sizes().slice(0, logits.dim() - 1),
-              "of logits without its last");
-  TORCH_CHECK(*num_segments >= 1, op, ": num_segments must be >= 1, got ", *num_segments);
+  check_per_token(op, "token_mask", mask, "logits", logits);
 }
 
 void check_noise(const char* op, const Tensor& logits, const Tensor& noise) {
@@ -223,7 +208,7 @@ void check(const Tensor& logits, const Parameters& p) {
   }
   check_groups(num_experts, p);
   if (p.token_mask) check_token_mask(kOp, logits, *p.token_mask);
-  check_segments(kOp, logits, p.segment_ids, p.num_segments);
+  check_segments(kOp, p.segment_ids, p.num_segments, "logits", logits);
   if (p.noise) check_noise(kOp, logits, *p.noise);
   if (p.forced_indices) {
     check_device(kOp, "forced_indices", *p.forced_indices, "logits", logits);
@@ -232,15 +217,6 @@ void check(const Tensor& logits, const Parameters& p) {
     sizes.back() = p.top_k;
     check_sizes(kOp, "forced_indices", *p.forced_indices, sizes, "[..., K]");
   }
-}
-
-/// Not filled, on the device of `like`; on the CPU without the dispatcher.
-Tensor new_empty(c10::SymIntArrayRef sizes, at::ScalarType type, const Tensor& like) {
-  if (like.is_cpu()) {
-    if (const auto known = c10::asIntArrayRefSlowOpt(sizes))
-      return at::detail::empty_cpu(*known, type);
-  }
-  return at::empty_symint(sizes, like.options().dtype(type));
 }
 
 /// Without stats lse and sums are absent: each output makes a one-token call longer.
@@ -345,7 +321,7 @@ void check_backward(const OptionalTensor& grad_weights, const BackwardParameters
   if (p.token_mask) check_token_mask(op, logits, *p.token_mask);
   if (p.noise) check_noise(op, logits, *p.noise);
   const auto width = 2 * logits.sym_size(-1) + RoutingSums::kTail;
-  check_segments(op, logits, p.segment_ids, p.num_segments);
+  check_segments(op, p.segment_ids, p.num_segments, "logits", logits);
   if (p.num_segments) {
     check_optional("grad_sums", p.grad_sums, {*p.num_segments, width}, "[S, 2 E + 5]");
   } else {
@@ -409,16 +385,6 @@ OptionalTensor checked_token_weights(const OptionalTensor& mask) {
                 " for token ", t);
   }
   return weights;
-}
-
-void check_segment_values(const OptionalTensor& segment_ids, int64_t num_segments) {
-  if (!segment_ids) return;
-  const int64_t* ids = segment_ids->const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < segment_ids->numel(); ++t) {
-    TORCH_CHECK(ids[t] >= 0 && ids[t] < num_segments, kOp,
-                ": segment_ids must be in [0, num_segments) = [0, ", num_segments, "), got ",
-                ids[t], " for token ", t);
-  }
 }
 
 void check_forced_values(const OptionalTensor& forced_indices, int64_t num_experts) {
@@ -498,7 +464,7 @@ class Scratch {
 void topk_gating_cpu(const TopKGatingArguments& arguments, const TopKGatingOutputs& outputs) {
   const int64_t num_tokens = arguments.logits.size(0), num_experts = arguments.logits.size(1);
   const int64_t num_segments = arguments.num_segments;
-  check_segment_values(arguments.segment_ids, num_segments);
+  check_segment_values(kOp, arguments.segment_ids, num_segments);
   check_forced_values(arguments.forced_indices, num_experts);
   const BlockPlan plan = plan_blocks(num_tokens, num_experts, arguments.segment_ids);
   AT_DISPATCH_FLOATING_TYPES_AND2(
@@ -563,7 +529,7 @@ void topk_gating_backward_cpu(const TopKGatingBackwardArguments& arguments,
                               const Tensor& grad_logits) {
   const int64_t num_tokens = arguments.logits.size(0), num_experts = arguments.logits.size(1);
   const int64_t grain = std::max<int64_t>(1, kSerialLogits / num_experts);
-  check_segment_values(arguments.segment_ids, arguments.num_segments);
+  check_segment_values(kOp, arguments.segment_ids, arguments.num_segments);
   advise_huge_pages(grad_logits);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, arguments.logits.scalar_type(), kOp, [&] {

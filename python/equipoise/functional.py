@@ -29,6 +29,7 @@ __all__ = [
     "dispatch_layout",
     "expert_bincount",
     "expert_capacity",
+    "expert_frequency",
     "moe_align_block_size",
     "moe_permute",
     "moe_unpermute",
@@ -222,23 +223,64 @@ def expert_bincount(
     num_experts: int,
     weights: Tensor | None = None,
     token_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    num_segments: int | None = None,
 ) -> Tensor:
     """How many slots, or how much weight, each expert got, in O(E) memory and without a host sync.
 
     Args:
-        indices: [..., K] int64; -1 is skipped. Others outside [0, E) raise on the CPU and are
-            skipped on CUDA.
+        indices: [..., K] int64; -1 is skipped. Others outside [0, E) raise on the CPU; on CUDA,
+            where they cannot, they are skipped, and ``ops.expert_bincount``, which returns the pair
+            (counts, num_invalid), counts them.
         num_experts: E.
         weights: [..., K] float; the result is then their sum per expert, and differentiable.
-        token_mask: [...] bool, True = real token.
+        token_mask: [...] bool, True = real token. What a masked token holds is not looked at.
+        segment_ids: [...] int64 in [0, S): the counts are kept for each segment (sequence,
+            document, domain) by itself. Bad ones as bad indices: their token is skipped.
+        num_segments: S.
 
     Returns:
-        [E] int64, or float32 (float64 for float64 weights).
+        [E] int64, or float32 (float64 for float64 weights); [S, E] with segments.
 
     >>> expert_bincount(torch.tensor([[0, 2], [2, -1]]), 3).tolist()
     [1, 0, 2]
+    >>> segment_ids = torch.tensor([1, 0])
+    >>> expert_bincount(
+    ...     torch.tensor([[0, 2], [2, -1]]), 3, segment_ids=segment_ids, num_segments=2
+    ... ).tolist()
+    [[0, 0, 1], [1, 0, 1]]
     """
-    return ops.expert_bincount(indices, num_experts, weights, token_mask)
+    return ops.expert_bincount(
+        indices, num_experts, weights, token_mask, segment_ids, num_segments
+    )[0]
+
+
+def expert_frequency(
+    indices: Tensor,
+    num_experts: int,
+    token_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    num_segments: int | None = None,
+) -> Tensor:
+    """The share of the selections that each expert got: 1 / E at balance.
+
+    ``expert_bincount`` divided by its sum, and 0 where nothing was selected. Takes the arguments of
+    ``expert_bincount``, and raises as it does.
+
+    Returns:
+        [E] float32, which add up to 1; with segments [S, E], each row by itself.
+
+    >>> expert_frequency(torch.tensor([[0, 2], [2, -1], [2, 1]]), 4).tolist()
+    [0.2, 0.2, 0.6, 0.0]
+    """
+    counts = expert_bincount(
+        indices,
+        num_experts,
+        token_mask=token_mask,
+        segment_ids=segment_ids,
+        num_segments=num_segments,
+    )
+    return counts.float() / counts.sum(-1, keepdim=True).clamp(min=1)
 
 
 class PermuteResult(NamedTuple):

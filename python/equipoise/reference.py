@@ -148,8 +148,12 @@ def expert_bincount(
     num_experts: int,
     weights: Tensor | None = None,
     token_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    num_segments: int | None = None,
 ) -> Tensor:
     """Counts of each expert, by the one-hot tensor; see ``equipoise.functional.expert_bincount``.
+
+    The counts alone: all indices and segments are taken to be good.
 
     >>> expert_bincount(torch.tensor([[0, 2], [2, -1]]), 3).tolist()
     [1, 0, 2]
@@ -158,11 +162,14 @@ def expert_bincount(
     if token_mask is not None:
         valid = valid & token_mask.unsqueeze(-1)
     one_hot = torch.nn.functional.one_hot(indices.clamp(min=0), num_experts) * valid.unsqueeze(-1)
-    one_hot = one_hot.reshape(-1, num_experts)
-    if weights is None:
-        return one_hot.sum(0)
-    dtype = _compute_dtype(weights.dtype)
-    return weights.reshape(-1).to(dtype) @ one_hot.to(dtype)
+    if weights is not None:
+        dtype = _compute_dtype(weights.dtype)
+        one_hot = weights.to(dtype).unsqueeze(-1) * one_hot.to(dtype)
+    of_token = one_hot.sum(-2).reshape(-1, num_experts)
+    if segment_ids is None:
+        return of_token.sum(0)
+    of_segment = torch.nn.functional.one_hot(segment_ids.reshape(-1), num_segments).t()
+    return of_segment.to(of_token.dtype) @ of_token
 
 
 def moe_permute(

@@ -40,6 +40,33 @@ TEST(ExpertBincount, LeavesMaskedTokensOut) {
       same(expert_bincount(indices, 3, std::nullopt, mask), torch::tensor({2, 0, 2}, at::kLong)));
 }
 
+TEST(ExpertBincount, CountsEachSegmentByItself) {
+  at::manual_seed(0);
+  const auto indices = at::randint(-1, 5, {40, 3}, at::kLong);
+  const auto segment_ids = at::randint(0, 4, {40}, at::kLong);
+  const auto mask = at::rand({40}) > 0.3;
+  const auto weights = random_leaf({40, 3});
+  at::Tensor num_invalid;
+  const auto counts = expert_bincount(indices, 5, std::nullopt, mask, segment_ids, 4, &num_invalid);
+  const auto sums = expert_bincount(indices, 5, weights, mask, segment_ids, 4);
+  EXPECT_TRUE(same(num_invalid, torch::tensor(0, at::kLong)));
+  for (const int64_t s : {0, 1, 2, 3}) {
+    const auto tokens = mask.logical_and(segment_ids == s);
+    EXPECT_TRUE(same(counts[s], expert_bincount(indices, 5, std::nullopt, tokens)));
+    EXPECT_TRUE(close(sums[s], expert_bincount(indices, 5, weights, tokens)));
+  }
+  const auto whole = expert_bincount(indices, 5, weights, mask);
+  EXPECT_TRUE(close(gradients(sums.sum(0), {weights})[0], gradients(whole, {weights})[0]));
+}
+
+TEST(ExpertBincount, FrequencyIsTheShareOfTheSelections) {
+  const auto indices = torch::tensor({{0, 2}, {2, -1}, {-1, -1}}, at::kLong);
+  EXPECT_TRUE(close(expert_frequency(indices, 3), torch::tensor({1.f, 0.f, 2.f}) / 3, 1e-6));
+  const auto frequency =
+      expert_frequency(indices, 3, std::nullopt, torch::tensor({1, 1, 0}, at::kLong), 2);
+  EXPECT_TRUE(close(frequency, torch::tensor({{0.f, 0.f, 0.f}, {1.f, 0.f, 2.f}}) / 3, 1e-6));
+}
+
 TEST(ExpertBincount, WeightsAreAddedUpAndDifferentiable) {
   at::manual_seed(0);
   const auto indices = at::randint(-1, 5, {40, 3}, at::kLong);
@@ -65,6 +92,13 @@ TEST(ExpertBincount, NamesTheWrongArgument) {
                     {"expert_bincount", "weights", "[4]"}));
   EXPECT_TRUE(fails([&] { expert_bincount(indices, 3, std::nullopt, at::ones({3}, at::kBool)); },
                     {"expert_bincount", "token_mask", "[3]"}));
+  const auto segments = at::full({4}, 3, at::kLong);
+  const auto count = [&](const at::Tensor& ids, std::optional<int64_t> num_segments) {
+    return [=] { expert_bincount(indices, 2, std::nullopt, std::nullopt, ids, num_segments); };
+  };
+  EXPECT_TRUE(fails(count(segments, std::nullopt), {"expert_bincount", "num_segments"}));
+  EXPECT_TRUE(fails(count(segments.slice(0, 1), 4), {"expert_bincount", "segment_ids", "[3]"}));
+  EXPECT_TRUE(fails(count(segments, 3), {"expert_bincount", "segment_ids", "got 3"}));
 }
 
 }  // namespace

@@ -333,37 +333,56 @@ def test_gating_reports_bad_token_weights():
 # ---- expert_bincount -----------------------------------------------------------------------------
 
 
-def check_bincount(indices, experts, weights=None, token_mask=None):
-    def count(indices, weights, token_mask):
-        return F.expert_bincount(indices, experts, weights, token_mask)
+def check_bincount(
+    indices, experts, weights=None, token_mask=None, segment_ids=None, segments=None
+):
+    def count(*tensors):
+        indices, weights, token_mask, segment_ids = tensors
+        return ops.expert_bincount(indices, experts, weights, token_mask, segment_ids, segments)
 
-    check(count, indices, weights, token_mask)
+    check(count, indices, weights, token_mask, segment_ids)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_bincount(dtype):
-    for indices, experts, weights, mask in test_expert_bincount.sample_inputs(dtype):
+    for indices, experts, weights, *rest in test_expert_bincount.sample_inputs(dtype):
         weights = None if weights is None else weights.requires_grad_()
-        check_bincount(indices, experts, weights, mask)
-    # One segment, several, more than one block adds up, long ones whose length 32 does not divide.
+        check_bincount(indices, experts, weights, *rest)
+    # One run, several, more than one block adds up, long ones whose length 32 does not divide.
     for tokens, top_k, experts in [(100, 2, 8), (401, 3, 20), (4500, 2, 40), (5000, 2, 8192)]:
         weights = torch.rand(tokens, top_k, dtype=torch.float64).to(dtype).requires_grad_()
-        check_bincount(torch.randint(-1, experts, (tokens, top_k)), experts, weights)
+        indices = torch.randint(-1, experts, (tokens, top_k))
+        check_bincount(indices, experts, weights)
+        ids = torch.randint(0, 3, (tokens,))
+        check_bincount(indices, experts, weights, torch.rand(tokens) < 0.5, ids, 3)
 
 
 def test_bincount_many_slots_and_experts():
     check_bincount(torch.randint(-1, 5, (131500, 4)), 5)  # more than a grid takes at once
     for experts in (12032, 12033):  # the last that fit into shared memory, the first that do not
         check_bincount(torch.randint(-1, experts, (700, 3)), experts)
+    indices, mask = torch.randint(-1, 32, (700, 3)), torch.rand(700) < 0.5
+    for segments in (376, 377):  # of 32 experts
+        ids = torch.randint(0, segments, (700,))
+        check_bincount(indices, 32, None, mask, ids, segments)
 
 
-def test_bincount_skips_what_is_no_expert():
-    indices = torch.tensor([[0, 7], [-5, 2], [3, -1]]).cuda()
-    assert F.expert_bincount(indices, 3).tolist() == [1, 0, 1]
-    weights = torch.ones(3, 2).cuda()
-    assert F.expert_bincount(indices, 3, weights).tolist() == [1, 0, 1]
-    grad = ops.expert_bincount_backward(torch.ones(3).cuda(), indices, None, torch.float32)
-    assert grad.tolist() == [[1, 0], [0, 1], [0, 0]]
+def test_bincount_counts_what_is_bad():
+    """An index or segment that is none is skipped and counted, but not that of a masked token."""
+    indices = torch.tensor([[0, 7], [-5, 2], [3, -1], [2**40, 1]]).cuda()
+    ids, mask = torch.tensor([1, 0, 2, 0]).cuda(), torch.tensor([True, True, True, False]).cuda()
+    for weights in (None, torch.ones(4, 2).cuda()):
+        counts, num_invalid = ops.expert_bincount(indices, 3, weights)
+        assert counts.tolist() == [1, 1, 1] and num_invalid.item() == 4
+        counts, num_invalid = ops.expert_bincount(indices, 3, weights, mask)
+        assert counts.tolist() == [1, 0, 1] and num_invalid.item() == 3
+        counts, num_invalid = ops.expert_bincount(indices, 3, weights, mask, ids, 2)
+        assert counts.tolist() == [[0, 0, 1], [1, 0, 0]] and num_invalid.item() == 4
+    grad = ops.expert_bincount_backward(torch.ones(3).cuda(), indices, mask, torch.float32)
+    assert grad.tolist() == [[1, 0], [0, 1], [0, 0], [0, 0]]
+    grad = torch.arange(1.0, 7).view(2, 3).cuda()
+    grad = ops.expert_bincount_backward(grad, indices, None, torch.float32, ids)
+    assert grad.tolist() == [[4, 0], [0, 3], [0, 0], [0, 2]]
 
 
 # ---- moe_permute and moe_unpermute ---------------------------------------------------------------
@@ -612,6 +631,12 @@ def test_same_bits_again():
         (layer, make_logits(300, 130).requires_grad_(), torch.randn(300, 8).requires_grad_()),
         (layer, make_logits(40, 600).requires_grad_(), torch.randn(40, 8).requires_grad_()),
         (lambda i, w: F.expert_bincount(i, 40, w), indices, weights),
+        (
+            lambda i, w, s: F.expert_bincount(i, 40, w, None, s, 4),
+            indices,
+            weights,
+            indices[:, 0] % 4,
+        ),
         (lambda i, w: F.moe_permute(w, i, 40), indices, weights),
         (lambda i: F.dispatch_layout(i, 8, 40), indices),
         (lambda i: F.moe_align_block_size(i, 16, 40), indices),
@@ -661,6 +686,7 @@ slots, scores = torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 7)
         (lambda a, b: F.topk_gating(a, 1, token_mask=b), scores, scores[:, 0], "token_mask"),
         (lambda a, b: F.topk_gating(a, 1, expert_bias=b), scores, scores[0], "expert_bias"),
         (lambda a, b: F.expert_bincount(a, 3, b), slots, scores[:, :1], "weights"),
+        (lambda a, b: F.expert_bincount(a, 3, None, None, b, 1), slots, slots[:, 0], "segment_ids"),
         (lambda a, b: F.moe_permute(a, b, 3), scores, slots, "topk_indices"),
         (F.moe_unpermute, scores, slots, "row_id_map"),
         (lambda a, b: F.sort_chunks_by_index(a, b, b), scores, slots[:, 0], "split_sizes"),

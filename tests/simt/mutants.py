@@ -227,10 +227,10 @@ MUTANTS = [
         "expert_bincount",
     ),
     Mutant(
-        "race: every lane of equal experts adds their sum",
+        "race: every lane of equal bins adds their sum",
         "expert_bincount.cu",
-        "if (expert >= 0 && (peers & lanes_below(lane)) == 0)",
-        "if (expert >= 0)",
+        "if (bin >= 0 && (peers & lanes_below(lane)) == 0)",
+        "if (bin >= 0)",
         "expert_bincount",
     ),
     Mutant(
