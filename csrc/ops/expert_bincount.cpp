@@ -175,26 +175,27 @@ struct Slots {
   TORCH_INTERNAL_ASSERT(false);
 }
 
-/// How the tokens are cut into blocks, each of which has `bins` bins of its own. The shape alone
-/// decides, never the number of threads.
+/// How tokens of `top_k` slots are cut into blocks, each of which has `bins` bins of its own. The
+/// shape alone decides, never the number of threads.
 struct Blocks {
   int64_t num_tokens, tokens_per_block, count;
 
   static constexpr int64_t kSlotsPerBin = 4;  // fewer are not worth the bins
 
-  Blocks(const Slots& slots, int64_t bins) : num_tokens(slots.num_tokens) {
+  Blocks(int64_t num_tokens, int64_t top_k, int64_t bins) : num_tokens(num_tokens) {
     constexpr int64_t kMinSlots = 16384;  // below this a second thread costs more than it brings
     constexpr int64_t kMaxBlocks = 256;
     const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     const int64_t wanted =
-        std::max({kMinSlots, kSlotsPerBin * bins, divide_up(slots.size(), kMaxBlocks)});
-    tokens_per_block = divide_up(wanted, slots.top_k);
+        std::max({kMinSlots, kSlotsPerBin * bins, divide_up(num_tokens * top_k, kMaxBlocks)});
+    tokens_per_block = divide_up(wanted, top_k);
     count = divide_up(num_tokens, tokens_per_block);
   }
 
   /// work(block, begin, end) for the tokens [begin, end) of each block.
   template <typename Work>
   void for_each(const Work& work) const {
+    if (count == 1) return work(0, 0, num_tokens);
     at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block) {
         const int64_t begin = block * tokens_per_block;
@@ -212,7 +213,7 @@ using Bins = c10::SmallVector<T, 4096 / sizeof(T)>;
 /// asked for by itself: the number of bins is a power of two above E, so a few indices at once are
 /// seen to have one, and the bins behind expert E - 1 must stay empty. Neighbours are counted in
 /// different lanes: the count of an expert waits for the one before it in its lane.
-constexpr uint64_t kLanes = 2;
+constexpr int64_t kLanes = 2;
 
 uint64_t num_flat_bins(const Slots& slots) {
   uint64_t bins = 1;
@@ -220,39 +221,41 @@ uint64_t num_flat_bins(const Slots& slots) {
   return bins;
 }
 
+/// Of the slots [begin, end).
 void count_flat_block(const Slots& slots, int64_t begin, int64_t end, uint64_t num_bins,
                       uint32_t* counts) {
   constexpr int64_t kAtOnce = 8;
   uint32_t* const of_experts = counts + kLanes;  // -1 comes before them
-  const int64_t* index = slots.indices + begin * slots.top_k;
-  const int64_t* const index_end = slots.indices + end * slots.top_k;
+  const int64_t* index = slots.indices + begin;
+  const int64_t* const index_end = slots.indices + end;
   for (; index_end - index >= kAtOnce; index += kAtOnce) {
     uint64_t all = 0;
     for (int64_t i = 0; i < kAtOnce; ++i) all |= static_cast<uint64_t>(index[i]) + 1;
     if (all >= num_bins) refuse_bad_index(slots);
-    for (int64_t i = 0; i < kAtOnce; ++i) ++of_experts[index[i] * int64_t{kLanes} + i % kLanes];
+    for (int64_t i = 0; i < kAtOnce; ++i) ++of_experts[index[i] * kLanes + i % kLanes];
   }
   for (; index < index_end; ++index) {
     if (static_cast<uint64_t>(*index) + 1 >= num_bins) refuse_bad_index(slots);
-    ++of_experts[*index * int64_t{kLanes}];
+    ++of_experts[*index * kLanes];
   }
 }
 
 void count_flat(const Slots& slots, int64_t* out) {
   const int64_t num_bins = num_flat_bins(slots), size = num_bins * kLanes;
-  const Blocks blocks(slots, size);
+  const Blocks blocks(slots.size(), /*top_k=*/1, size);  // a token may be cut
   Bins<uint32_t> counts(blocks.count * size, 0);
   blocks.for_each([&](int64_t block, int64_t begin, int64_t end) {
     count_flat_block(slots, begin, end, num_bins, counts.data() + block * size);
   });
-  std::fill_n(out, slots.num_experts, 0);
+  const int64_t num_experts = slots.num_experts;
+  std::fill_n(out, num_experts, 0);
   uint32_t bad = 0;
   for (int64_t block = 0; block < blocks.count; ++block) {
     const uint32_t* const lanes = counts.data() + block * size + kLanes;  // of expert 0
-    for (int64_t e = 0; e < slots.num_experts; ++e) {
+    for (int64_t e = 0; e < num_experts; ++e) {
       out[e] += int64_t{lanes[kLanes * e]} + lanes[kLanes * e + 1];
     }
-    for (int64_t i = kLanes * slots.num_experts; i < size - int64_t{kLanes}; ++i) bad |= lanes[i];
+    for (int64_t i = kLanes * num_experts; i < size - kLanes; ++i) bad |= lanes[i];
   }
   if (bad != 0) refuse_bad_index(slots);
 }
@@ -278,7 +281,7 @@ void add_block(const Slots& slots, int64_t begin, int64_t end, T* bins, const We
 template <typename T, typename Out, typename Weight>
 void add_up(const Slots& slots, Out* out, const Weight& weight) {
   const int64_t size = slots.num_segments * slots.num_experts;
-  const Blocks blocks(slots, size);
+  const Blocks blocks(slots.num_tokens, slots.top_k, size);
   constexpr bool kInPlace = std::is_same_v<T, Out>;  // the bins of the first block are `out`
   Bins<T> bins((blocks.count - kInPlace) * size, T(0));
   const auto bins_of = [&](int64_t block) -> T* {
