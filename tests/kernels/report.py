@@ -28,11 +28,17 @@ HOT = {
     "moe_scatter_rows_kernel": (True, True),
     "moe_zero_rows_kernel": (False, True),
     "moe_gather_rows_kernel": (True, True),
-    "moe_dot_rows_kernel": (True, False),
+    "moe_gather_rows_backward_kernel": (True, True),
 }
 
-# Kernels whose last block to arrive adds up what the others wrote: they take two tickets.
-TICKETS = {"topk_gating_team_kernel", "topk_gating_block_kernel", "expert_bincount_weighted_kernel"}
+# Kernels whose last block to arrive goes on with what the others wrote, and how many tickets they
+# take: two where sums are added up in two steps.
+TICKETS = {
+    "topk_gating_team_kernel": 2,
+    "topk_gating_block_kernel": 2,
+    "expert_bincount_weighted_kernel": 2,
+    "slot_sort_rank_kernel": 1,
+}
 
 # Registers of a thread. With 64 a multiprocessor holds 1024 threads, the most of sm_75 and half of
 # what most others can; with 80 it holds 3 blocks of 256, with 128 it holds 2. Those that need more
@@ -40,7 +46,6 @@ TICKETS = {"topk_gating_team_kernel", "topk_gating_block_kernel", "expert_bincou
 DEFAULT_CEILING = 64
 CEILINGS = {
     "moe_gather_rows_kernel, 16 bytes": 80,  # 4 pieces on their way, 8 sums
-    "moe_dot_rows_kernel, 16 bytes": 80,  # float64 on sm_75
     "topk_gating_team_kernel, E <= 256, general": 128,  # keys and loads as well; groups, segments
     "topk_gating_team_kernel, E > 256": 128,  # 16 experts a lane: logits, scores, sums
     "topk_gating_team_kernel, E > 256, general": 128,
@@ -80,10 +85,10 @@ def faults_of(kernels: list[Kernel]) -> Iterable[str]:
             yield f"{where}: loads at most {k.load} bits at once"
         if store and k.store < 128:
             yield f"{where}: stores at most {k.store} bits at once"
-        if k.tickets != (2 if k.name in TICKETS else 0):
+        if k.tickets != TICKETS.get(k.name, 0):
             yield f"{where}: {k.tickets} tickets"
     names = {k.name for k in kernels}
-    for name in sorted((HOT.keys() | TICKETS) - names):
+    for name in sorted((HOT.keys() | TICKETS.keys()) - names):
         yield f"there is no {name}"
 
 
@@ -123,10 +128,10 @@ and bits of the widest load from and store to global memory. A row is the worst 
 a kernel, in the last five columns of all architectures too.
 
 {resources(rows_by(kernels, group))}
-In these the last block to arrive adds up what the others wrote:
+In these the last block to arrive goes on with what the others wrote:
 {", ".join(f"`{name}`" for name in sorted(TICKETS))}.
-On every path through their machine code a memory barrier of the whole device stands before each of
-the two tickets, after the last store, and behind it, before the next load.
+On every path through their machine code a memory barrier of the whole device stands before each
+ticket, after the last store, and behind it, before the next load.
 
 The instances for bfloat16 that matter most. `Team<16, 8>` are 16 lanes with 8 experts each; then
 (forward) whether there are statistics, and whether all that is optional is allowed for.
