@@ -5,7 +5,6 @@
 // back to (t, k).
 #include "moe_permute.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/sub.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -17,6 +16,7 @@
 #include "../autograd.h"
 #include "../checks.h"
 #include "../library.h"
+#include "../new_empty.h"
 #include "moe_rows.h"
 #include "moe_unpermute.h"
 #include "slot_sort.h"
@@ -162,20 +162,20 @@ c10::SymInt num_rows(const Parameters& p) {
 
 Layout allocate_layout(const Tensor& x, const Parameters& p) {
   check(x, p);
-  const auto integer = x.options().dtype(at::kLong);
-  return {p.topk_weights ? at::empty_symint({num_rows(p)}, p.topk_weights->options())
-                         : at::empty({0}, x.options().dtype(accumulate_type(x.scalar_type()))),
-          at::empty_symint(slots_of(p).sym_sizes(), integer),
-          at::empty_symint({p.num_experts}, integer),
-          at::empty_symint({p.num_experts + 1}, integer),
-          at::empty_symint({p.num_experts}, integer),
-          at::empty({}, integer),
-          at::empty({}, integer)};
+  const auto experts = p.num_experts;
+  return {p.topk_weights ? new_empty({num_rows(p)}, p.topk_weights->scalar_type(), x)
+                         : new_empty({0}, accumulate_type(x.scalar_type()), x),
+          new_empty(slots_of(p).sym_sizes(), at::kLong, x),
+          new_empty({experts}, at::kLong, x),
+          new_empty({experts + 1}, at::kLong, x),
+          new_empty({experts}, at::kLong, x),
+          new_empty({}, at::kLong, x),
+          new_empty({}, at::kLong, x)};
 }
 
 Results moe_permute_meta(const Tensor& x, const Parameters& p) {
   auto layout = allocate_layout(x, p);
-  return std::tuple_cat(std::tuple(at::empty_symint({num_rows(p), x.sym_size(1)}, x.options())),
+  return std::tuple_cat(std::tuple(new_empty({num_rows(p), x.sym_size(1)}, x.scalar_type(), x)),
                         std::move(layout));
 }
 
