@@ -170,19 +170,42 @@ void for_each_slot(const MoeRows<uint8_t, uint8_t>& m, int64_t begin, int64_t en
   }
 }
 
+/// Rows of one number, as weights are.
+template <typename scalar_t, typename weight_t>
+void gather_numbers(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end) {
+  using T = compute_t<scalar_t>;
+  for (int64_t t = begin; t < end; ++t) {
+    T sum = 0;
+    for (int64_t slot = t * m.top_k; slot < (t + 1) * m.top_k; ++slot) {
+      if (m.map[slot] < 0) continue;
+      const T weight = m.weights != nullptr ? static_cast<T>(m.weights[slot]) : T(1);
+      sum += weight * static_cast<T>(m.rows[m.map[slot] * m.row_stride]);
+    }
+    m.out[t] = static_cast<scalar_t>(sum);
+  }
+}
+
 }  // namespace
 
 void copy_rows(const MoeRows<uint8_t, uint8_t>& m, int64_t begin, int64_t end) {
-  const auto copy = [&](const uint8_t* from, uint8_t* to) { __builtin_memcpy(to, from, m.width); };
   if (m.stream) {
     for_each_slot(m, begin, end,
                   [&](const uint8_t* from, uint8_t* to) { stream_bytes(from, m.width, to); });
-    end_of_stream();
-  } else if (m.width == 4) {  // weights, moved like rows: a move of a known size is not a call
+    return end_of_stream();
+  }
+  const auto copy = [&](auto size) {
     for_each_slot(m, begin, end,
-                  [](const uint8_t* from, uint8_t* to) { __builtin_memcpy(to, from, 4); });
-  } else {
-    for_each_slot(m, begin, end, copy);
+                  [&](const uint8_t* from, uint8_t* to) { __builtin_memcpy(to, from, size); });
+  };
+  switch (m.width) {  // weights move like rows, and a move of a known size is not a call
+    case 2:
+      return copy(std::integral_constant<int64_t, 2>{});
+    case 4:
+      return copy(std::integral_constant<int64_t, 4>{});
+    case 8:
+      return copy(std::integral_constant<int64_t, 8>{});
+    default:
+      return copy(m.width);
   }
 }
 
@@ -191,26 +214,34 @@ void scatter_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t e
   m.stream ? scatter<true>(m, begin, end) : scatter<false>(m, begin, end);
 }
 
-/// `kept` has room for K numbers.
+/// `listed` has room for K numbers.
 template <typename scalar_t, typename weight_t>
-void gather_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end, int64_t* kept) {
+void gather_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end,
+                 int64_t* listed) {
+  if (m.width == 1) return gather_numbers(m, begin, end);
   using P = Piece<scalar_t>;
   using T = compute_t<scalar_t>;
   constexpr int64_t kUnroll =
       4;  // so many pieces of the token's sum are kept in registers while the slots pass
+  constexpr int64_t kManySlots = 32;  // most of so many have no row: one look for those that have
+  int64_t num_listed = m.top_k;
+  for (int64_t k = 0; k < m.top_k; ++k) listed[k] = k;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t* map = m.map + t * m.top_k;
     scalar_t* out = m.out + t * m.width;
-    int64_t num_kept = 0;  // slots with a row, looked for once: most of many slots have none
-    for (int64_t k = 0; k < m.top_k; ++k) {
-      kept[num_kept] = k;
-      num_kept += map[k] >= 0;
+    if (m.top_k > kManySlots) {
+      num_listed = 0;
+      for (int64_t k = 0; k < m.top_k; ++k) {
+        listed[num_listed] = k;
+        num_listed += map[k] >= 0;
+      }
     }
     for (int64_t h = 0; h < m.width; h += kUnroll * P::kSize) {
       P sum[kUnroll];
       for (auto& s : sum) s = P::zero();
-      for (int64_t i = 0; i < num_kept; ++i) {
-        const int64_t k = kept[i];
+      for (int64_t i = 0; i < num_listed; ++i) {
+        const int64_t k = listed[i];
+        if (map[k] < 0) continue;
         const scalar_t* row = m.rows + map[k] * m.row_stride;
         const typename P::Vec weight(
             m.weights != nullptr ? static_cast<T>(m.weights[t * m.top_k + k]) : T(1));

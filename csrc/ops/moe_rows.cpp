@@ -50,8 +50,14 @@ void dispatch(at::ScalarType rows, std::optional<at::ScalarType> weights, const 
 /// A result from this size on is written past the caches: it would not stay there until it is read,
 /// and a plain store reads each line before it writes. Measured: smaller ones lose by it.
 constexpr size_t kStreamBytes = size_t{32} << 20;
+/// Shorter rows must be whole cache lines for that: the lines where others end and begin cost more
+/// than the lines between them save.
+constexpr int64_t kLineBytes = 64, kLongRowBytes = 2048;
 
-bool is_streamed(const Tensor& rows) { return rows.nbytes() >= kStreamBytes; }
+bool is_streamed(const Tensor& rows) {
+  const int64_t bytes = rows.size(1) * rows.element_size();
+  return rows.nbytes() >= kStreamBytes && (bytes >= kLongRowBytes || bytes % kLineBytes == 0);
+}
 
 /// Calls move(begin, end) on runs of tokens, in parallel, to fill the rows that `map` names; zeroes
 /// the others.
@@ -60,7 +66,8 @@ void fill_rows(const Tensor& map, const Tensor& rows, const Move& move) {
   const int64_t top_k = map.size(1), num_rows = rows.size(0), width = rows.size(1);
   const int64_t* to = map.const_data_ptr<int64_t>();
   int64_t num_filled = 0;
-  for (int64_t slot = 0; slot < map.numel(); ++slot) num_filled += to[slot] >= 0;
+  for (int64_t slot = 0; slot < map.numel(); ++slot)
+    num_filled += ~static_cast<uint64_t>(to[slot]) >> 63;
   std::vector<char> filled(num_filled == num_rows ? 0 : num_rows);  // most often all are
   advise_huge_pages(rows);
   at::parallel_for(0, map.size(0), grain(top_k, width), [&](int64_t begin, int64_t end) {
@@ -158,8 +165,8 @@ void moe_gather_rows_cpu(const Tensor& rows, const Tensor& row_id_map,
                  .stream = false,
              };
              at::parallel_for(0, map.size(0), grain(top_k, width), [&](int64_t begin, int64_t end) {
-               std::vector<int64_t> kept(top_k);
-               EQUIPOISE_CALL_CPU_KERNEL(gather_rows, move, begin, end, kept.data());
+               std::vector<int64_t> listed(top_k);
+               EQUIPOISE_CALL_CPU_KERNEL(gather_rows, move, begin, end, listed.data());
              });
            });
 }

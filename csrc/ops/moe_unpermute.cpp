@@ -83,13 +83,16 @@ void check_rows(const char* op, const Tensor& row_id_map, int64_t num_rows) {
   if (!row_id_map.is_cpu()) return;
   const auto map = row_id_map.contiguous();
   const int64_t *begin = map.const_data_ptr<int64_t>(), *end = begin + map.numel();
-  const auto is_bad = [&](int64_t row) {
-    return static_cast<uint64_t>(row) + 1 > static_cast<uint64_t>(num_rows);
-  };
-  bool bad = false;  // first whether, then which: a loop without an exit takes several at once
-  for (const int64_t* row = begin; row < end; ++row) bad |= is_bad(*row);
-  TORCH_CHECK(!bad, op, ": row_id_map must be in [-1, N = ", num_rows, "), got ",
-              *std::find_if(begin, end, is_bad));
+  // First whether, then which: the signs of row + 1 and N - 1 - row need no comparison, and a loop
+  // without an exit takes several rows at once.
+  const auto rows = static_cast<uint64_t>(num_rows);
+  uint64_t signs = 0;
+  for (const int64_t* row = begin; row < end; ++row) {
+    signs |= (static_cast<uint64_t>(*row) + 1) | (rows - 1 - static_cast<uint64_t>(*row));
+  }
+  TORCH_CHECK(static_cast<int64_t>(signs) >= 0, op, ": row_id_map must be in [-1, N = ", num_rows,
+              "), got ",
+              *std::find_if(begin, end, [&](int64_t row) { return row < -1 || row >= num_rows; }));
 }
 
 Tensor moe_unpermute_meta(const Tensor& permuted, const Tensor& row_id_map,
