@@ -479,13 +479,15 @@ def test_permute_rows_of_8_bits_into_memory_that_is_given():
 def test_unpermute(dtype):
     for inputs in test_moe_unpermute.sample_inputs(dtype):
         check_unpermute(*inputs)
-    for tokens, top_k, width in [(30, 6, 64), (5, 1, 520)]:  # whole 16-byte pieces
-        row_id_map = torch.randperm(tokens * top_k).view(tokens, top_k)
-        row_id_map[0, 0] = -1
-        permuted = torch.randn(tokens * top_k, width).to(dtype)
+    for tokens, top_k, width in [(30, 6, 64), (5, 1, 520), (3, 70, 520)]:  # whole 16-byte pieces
+        rows = min(tokens * top_k, 200)
+        row_id_map = test_moe_unpermute.make_map(tokens, top_k, rows, rows - 1 - rows // 20)
+        permuted = torch.randn(rows, width).to(dtype)
         for kind in (None, compute_type(dtype), dtype):
             weights = None if kind is None else torch.rand(tokens, top_k).to(kind)
             check_unpermute(permuted, row_id_map, weights)
+        leaf = permuted.requires_grad_()
+        check(F.moe_unpermute, leaf, row_id_map, weights)  # no gradient of the weights
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
