@@ -75,6 +75,19 @@ TEST(MoEUnpermute, ReadsNoRowOfNobody) {
   EXPECT_TRUE(same(grads[1], torch::tensor({{2.0, 2.0}, {0.0, 0.0}}, at::kDouble)));
 }
 
+TEST(MoEUnpermute, TakesASlotPerExpertAndRowsOfNobody) {
+  at::manual_seed(0);
+  const auto permuted = random_leaf({7, 5});
+  const auto row_id_map = at::full({3, 40}, -1, at::kLong);
+  row_id_map.view({120}).slice(0, 10, 120, 30).copy_(torch::tensor({6, 2, 0, 5}, at::kLong));
+  const auto weights = at::rand({3, 40}, at::kDouble);  // without a gradient
+  const auto got = moe_unpermute(permuted, row_id_map, weights);
+  const auto want = reference(permuted, row_id_map, weights);
+  EXPECT_TRUE(close(got, want));
+  const test::NanFilledMemory nan_filled_memory;
+  EXPECT_TRUE(close(gradients(got, {permuted})[0], gradients(want, {permuted})[0]));
+}
+
 TEST(MoEUnpermute, NamesTheWrongArgument) {
   const auto permuted = at::randn({6, 4});
   const auto row_id_map = at::zeros({3, 2}, at::kLong);
