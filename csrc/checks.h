@@ -95,6 +95,13 @@ inline void check_segment_values(const char* op, const std::optional<at::Tensor>
   }
 }
 
+/// Of a value of `argument` on the CPU: an expert, or -1.
+inline void check_expert(const char* op, const char* argument, int64_t expert,
+                         int64_t num_experts) {
+  TORCH_CHECK(expert >= -1 && expert < num_experts, op, ": ", argument,
+              " must be in [-1, num_experts = ", num_experts, "), got ", expert);
+}
+
 /// The dtype that arithmetic and float results of an op on `type` have: float64 stays, the rest is
 /// float32.
 inline at::ScalarType accumulate_type(at::ScalarType type) {

@@ -112,8 +112,7 @@ void dispatch_layout_cpu(const Tensor& indices, const Tensor& per_rank, const Te
       }
     }
   });
-  TORCH_CHECK(bad.load() < 0, kOp, ": topk_indices must be in [-1, num_experts = ", num_experts,
-              "), got ", index[bad.load()]);
+  if (bad.load() >= 0) check_expert(kOp, "topk_indices", index[bad.load()], num_experts);
   for (int64_t block = 1; block < num_blocks; ++block) {
     for (int64_t i = 0; i < width; ++i) tables[i] += tables[block * width + i];
   }

@@ -168,9 +168,8 @@ struct Slots {
 /// For the first bad index; a kernel that has met one calls this.
 [[noreturn]] void refuse_bad_index(const Slots& slots) {
   for (int64_t slot = 0; slot < slots.size(); ++slot) {
-    const int64_t index = slots.indices[slot];
-    TORCH_CHECK((index >= -1 && index < slots.num_experts) || slots.masked(slot / slots.top_k), kOp,
-                ": indices must be in [-1, num_experts = ", slots.num_experts, "), got ", index);
+    if (slots.masked(slot / slots.top_k)) continue;
+    check_expert(kOp, "indices", slots.indices[slot], slots.num_experts);
   }
   TORCH_INTERNAL_ASSERT(false);
 }

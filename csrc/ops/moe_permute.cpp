@@ -13,6 +13,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "../as_rows.h"
 #include "../autograd.h"
 #include "../checks.h"
 #include "../library.h"
@@ -198,7 +199,9 @@ Tensor as_column(const Tensor& slots) { return slots.reshape({slots.numel(), 1})
 template <auto sort, auto scatter>
 void fill(const Tensor& x, const Parameters& p, const Tensor& permuted, const Layout& layout) {
   const auto& [weights, map, counts, offsets, kept, overflow, num_invalid] = layout;
-  SlotSort slots{kOp, slots_of(p).contiguous()};
+  SlotSort slots{};
+  slots.op = kOp;
+  slots.slots = slots_of(p).contiguous();
   if (p.tokens_per_expert) slots.tokens_per_expert = p.tokens_per_expert->contiguous();
   if (p.capacity) slots.layout.capacity = p.capacity->expect_int();
   slots.layout.align = p.align;
@@ -216,7 +219,7 @@ void fill(const Tensor& x, const Parameters& p, const Tensor& permuted, const La
       std::tie(map, counts, offsets, kept, overflow, num_invalid);
   sort(slots);
   if (permuted.numel() != 0) {
-    scatter(x.size(1) == 1 || x.stride(1) == 1 ? x : x.contiguous(), map, std::nullopt, permuted);
+    scatter(as_rows(x), map, std::nullopt, permuted);
   }
   if (p.topk_weights && weights.numel() != 0) {
     scatter(as_column(p.topk_weights->contiguous()), as_column(map), std::nullopt,

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../as_rows.h"
 #include "../autograd.h"
 #include "../checks.h"
 #include "../library.h"
@@ -99,11 +100,6 @@ Tensor moe_unpermute_meta(const Tensor& permuted, const Tensor& row_id_map,
                           const OptionalTensor& topk_weights) {
   check("moe_unpermute", "permuted", permuted, row_id_map, topk_weights);
   return at::empty_symint({row_id_map.sym_size(0), permuted.sym_size(1)}, permuted.options());
-}
-
-/// Rows as the kernels take them: at any distance, their elements side by side.
-Tensor as_rows(const Tensor& rows) {
-  return rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
 }
 
 template <auto gather>

@@ -6,12 +6,13 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>
 #include <utility>
 #include <vector>
+
+#include "../checks.h"
 
 namespace equipoise {
 namespace {
@@ -71,8 +72,7 @@ struct Sorter {
           std::min(num_slots, (block + 1) * block_slots));
       }
     });
-    TORCH_CHECK(bad.load() < 0, s.op, ": topk_indices must be in [-1, num_experts = ", num_experts,
-                "), got ", expert_of(bad.load()));
+    if (bad.load() >= 0) check_expert(s.op, "topk_indices", expert_of(bad.load()), num_experts);
   }
 
   /// Whether a slot is of an expert; a bad number is noted.

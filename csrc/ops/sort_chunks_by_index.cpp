@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../as_rows.h"
 #include "../autograd.h"
 #include "../checks.h"
 #include "../library.h"
@@ -82,7 +83,7 @@ Results sort_chunks_by_index_run(const Tensor& x, const Tensor& split_sizes, con
   const auto& [sorted, sorted_probs, map] = results;
   make_map(split_sizes.to(at::kLong).contiguous(), order.to(at::kLong).contiguous(), map);
   if (sorted.numel() != 0) {
-    scatter(x.size(1) == 1 || x.stride(1) == 1 ? x : x.contiguous(), map, std::nullopt, sorted);
+    scatter(as_rows(x), map, std::nullopt, sorted);
   }
   if (sorted_probs.numel() != 0) {
     scatter(probs->unsqueeze(1), map, std::nullopt, sorted_probs.unsqueeze(1));

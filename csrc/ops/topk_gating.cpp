@@ -24,6 +24,7 @@
 #include <utility>
 #include <vector>
 
+#include "../as_rows.h"
 #include "../autograd.h"
 #include "../checks.h"
 #include "../cpu/dispatch.h"
@@ -248,15 +249,13 @@ Results topk_gating_meta(const Tensor& logits, const Parameters& p) {
 }
 
 /// [..., last] as [T, last] with inner stride 1, without a copy where the layout allows it.
-Tensor as_rows(const Tensor& tensor) {
-  const auto rows = tensor.dim() == 2
-                        ? tensor
-                        : tensor.reshape({tensor.numel() / tensor.size(-1), tensor.size(-1)});
-  return rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
+Tensor as_token_rows(const Tensor& tensor) {
+  if (tensor.dim() == 2) return as_rows(tensor);
+  return as_rows(tensor.reshape({tensor.numel() / tensor.size(-1), tensor.size(-1)}));
 }
 
-OptionalTensor as_rows(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(as_rows(*tensor)) : std::nullopt;
+OptionalTensor as_token_rows(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(as_token_rows(*tensor)) : std::nullopt;
 }
 
 /// [...] as [T], contiguous.
@@ -285,12 +284,13 @@ Results topk_gating_run(const Tensor& logits, const Parameters& p) {
   const auto compute = accumulate_type(logits.scalar_type());
   const bool limited = p.group_topk && *p.group_topk < p.num_groups;
   backend(
-      {as_rows(logits), as_rows(p.noise), p.top_k,
+      {as_token_rows(logits), as_token_rows(p.noise), p.top_k,
        parse_score_function(kOp, p.score_function, p.norm_topk_prob), p.norm_topk_prob,
        p.scaling_factor,
        p.expert_bias ? OptionalTensor(p.expert_bias->to(compute).contiguous()) : std::nullopt,
        limited ? p.num_groups : 1, limited ? *p.group_topk : 1, parse_group_score(p.group_score),
-       p.forced_indices ? OptionalTensor(as_rows(*p.forced_indices).contiguous()) : std::nullopt,
+       p.forced_indices ? OptionalTensor(as_token_rows(*p.forced_indices).contiguous())
+                        : std::nullopt,
        as_token_weights(p.token_mask, compute), flat(p.segment_ids), known_segments(p.num_segments),
        p.stats},
       outputs);
@@ -339,14 +339,14 @@ template <void (*backend)(const TopKGatingBackwardArguments&, const Tensor&)>
 Tensor topk_gating_backward_run(const OptionalTensor& grad_weights, const BackwardParameters& p) {
   const auto grad_logits = topk_gating_backward_meta(grad_weights, p);
   if (p.logits.numel() == 0) return grad_logits;
-  backend(
-      {contiguous(grad_weights), contiguous(p.grad_lse), contiguous(p.grad_sums), as_rows(p.logits),
-       as_rows(p.noise), as_rows(p.topk_indices).contiguous(), contiguous(p.lse),
-       parse_score_function("topk_gating_backward", p.score_function, p.norm_topk_prob),
-       p.norm_topk_prob, p.scaling_factor,
-       as_token_weights(p.token_mask, accumulate_type(p.logits.scalar_type())), flat(p.segment_ids),
-       known_segments(p.num_segments)},
-      as_rows(grad_logits));
+  backend({contiguous(grad_weights), contiguous(p.grad_lse), contiguous(p.grad_sums),
+           as_token_rows(p.logits), as_token_rows(p.noise),
+           as_token_rows(p.topk_indices).contiguous(), contiguous(p.lse),
+           parse_score_function("topk_gating_backward", p.score_function, p.norm_topk_prob),
+           p.norm_topk_prob, p.scaling_factor,
+           as_token_weights(p.token_mask, accumulate_type(p.logits.scalar_type())),
+           flat(p.segment_ids), known_segments(p.num_segments)},
+          as_token_rows(grad_logits));
   return grad_logits;
 }
 
