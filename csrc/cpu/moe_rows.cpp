@@ -121,12 +121,15 @@ void scale_row(const scalar_t* from, compute_t<scalar_t> factor, int64_t width, 
   if (h < width) scaled(h, width - h).store(to + h, width - h);
 }
 
+/// Asks for the row `next` on the way: rows lie anywhere, and the processor sees no pattern in
+/// them.
 template <typename scalar_t>
-compute_t<scalar_t> dot(const scalar_t* a, const scalar_t* b, int64_t width) {
+compute_t<scalar_t> dot(const scalar_t* a, const scalar_t* b, int64_t width, const scalar_t* next) {
   using P = Piece<scalar_t>;
   auto sum = P::zero();
   for (int64_t h = 0; h < width; h += P::kSize) {
     const auto x = P::load(a + h, width - h), y = P::load(b + h, width - h);
+    __builtin_prefetch(next + h);
     for (int64_t i = 0; i < P::kParts; ++i)
       sum.part[i] = at::vec::fmadd(x.part[i], y.part[i], sum.part[i]);
   }
@@ -148,7 +151,12 @@ void scatter(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end) {
       if (row >= 0) {
         // Row by row, so that the order of the sum is that of the columns wherever `out` starts;
         // the token stays in the cache.
-        if (m.dots != nullptr) product = dot(token, m.rows + row * m.row_stride, m.width);
+        if (m.dots != nullptr) {
+          const int64_t following = slot + 1 < end * m.top_k ? m.map[slot + 1] : -1;
+          const scalar_t* values = m.rows + row * m.row_stride;
+          product = dot(token, values, m.width,
+                        following >= 0 ? m.rows + following * m.row_stride : values);
+        }
         scale_row<kStream>(token, static_cast<compute_t<scalar_t>>(m.weights[slot]), m.width,
                            m.out + row * m.width);
       }
@@ -224,13 +232,11 @@ void gather_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t en
   constexpr int64_t kUnroll =
       4;  // so many pieces of the token's sum are kept in registers while the slots pass
   constexpr int64_t kManySlots = 32;  // most of so many have no row: one look for those that have
-  int64_t num_listed = m.top_k;
-  for (int64_t k = 0; k < m.top_k; ++k) listed[k] = k;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t* map = m.map + t * m.top_k;
     scalar_t* out = m.out + t * m.width;
+    int64_t num_listed = 0;
     if (m.top_k > kManySlots) {
-      num_listed = 0;
       for (int64_t k = 0; k < m.top_k; ++k) {
         listed[num_listed] = k;
         num_listed += map[k] >= 0;
@@ -239,9 +245,7 @@ void gather_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t en
     for (int64_t h = 0; h < m.width; h += kUnroll * P::kSize) {
       P sum[kUnroll];
       for (auto& s : sum) s = P::zero();
-      for (int64_t i = 0; i < num_listed; ++i) {
-        const int64_t k = listed[i];
-        if (map[k] < 0) continue;
+      const auto add = [&](int64_t k) {
         const scalar_t* row = m.rows + map[k] * m.row_stride;
         const typename P::Vec weight(
             m.weights != nullptr ? static_cast<T>(m.weights[t * m.top_k + k]) : T(1));
@@ -251,6 +255,13 @@ void gather_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t en
           const auto piece = P::load(row + at, m.width - at);
           for (int64_t j = 0; j < P::kParts; ++j)
             sum[u].part[j] = at::vec::fmadd(weight, piece.part[j], sum[u].part[j]);
+        }
+      };
+      if (m.top_k > kManySlots) {
+        for (int64_t i = 0; i < num_listed; ++i) add(listed[i]);
+      } else {
+        for (int64_t k = 0; k < m.top_k; ++k) {
+          if (map[k] >= 0) add(k);
         }
       }
       for (int64_t u = 0; u < kUnroll; ++u) {
