@@ -58,7 +58,8 @@ __device__ void report(unsigned invalid, unsigned long long* num_invalid) {
 }
 
 // Shared memory: the bins, or nothing if they do not fit.
-__global__ void __launch_bounds__(kThreads)
+// (The 1 in the launch bounds keeps ptxas from spilling to fit more blocks.)
+__global__ void __launch_bounds__(kThreads, 1)
     expert_bincount_kernel(const Slots slots, bool in_shared, unsigned long long* counts,
                            unsigned long long* num_invalid) {
   auto* bins = reinterpret_cast<unsigned*>(shared_memory);

@@ -289,9 +289,10 @@ struct GatherBackward {
 };
 
 // grad_rows[row] = weight grad[t] and grad_weights[t, k] = <grad[t], row>, in a fixed order. The K
-// warps of a token are neighbours: its gradient comes from memory once.
+// warps of a token are neighbours: its gradient comes from memory once. (The 1 in the launch bounds
+// keeps ptxas from spilling to fit more blocks.)
 template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     moe_gather_rows_backward_kernel(const GatherBackward<scalar_t> b) {
   using compute_t = compute_type<scalar_t>;
   const int lane = threadIdx.x % kWarpSize;

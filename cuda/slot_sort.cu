@@ -190,13 +190,13 @@ __global__ void __launch_bounds__(kSortThreads, 1) slot_sort_kernel(const Sort s
 }
 
 // The steps for many pairs: a block per segment; blocks that share the experts, of which the last
-// to arrive lays out; a block of one warp per segment.
+// to arrive lays out; a block of one warp per segment. (The 1 here, too, is against spills.)
 __global__ void __launch_bounds__(kThreads)
     slot_sort_count_kernel(const Sort sort, unsigned* counts) {
   count_segment(sort, blockIdx.x, threadIdx.x, kThreads, counts);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     slot_sort_rank_kernel(const Sort sort, unsigned* counts, unsigned* ticket) {
   rank_segments(sort, blockIdx.x, gridDim.x, counts);
   if (last_to_arrive(ticket, gridDim.x)) lay_out(sort);

@@ -45,6 +45,7 @@ TICKETS = {
 # than 64 have the first of these steps that nvcc 13.0 stays within.
 DEFAULT_CEILING = 64
 CEILINGS = {
+    "expert_bincount_weighted_kernel": 80,  # a block is one warp
     "moe_gather_rows_kernel, 16 bytes": 80,  # 4 pieces on their way, 8 sums
     "topk_gating_team_kernel, E <= 256, general": 128,  # keys and loads as well; groups, segments
     "topk_gating_team_kernel, E > 256": 128,  # 16 experts a lane: logits, scores, sums

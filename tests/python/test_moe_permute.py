@@ -58,7 +58,7 @@ def sample_options(dtype=torch.float32):
         by_map = dict(
             x=x, topk_indices=None, num_experts=experts, routing_map=routing_map, topk_weights=gates
         )
-        yield by_map
+        yield dict(by_map)
         yield dict(by_map, output_rows=int(routing_map.sum()))
         yield dict(by_map, capacity=3, drop_policy="probs", align=2)
         yield dict(by_map, capacity=2, drop_policy="random", seed=3)
