@@ -289,10 +289,9 @@ struct GatherBackward {
 };
 
 // grad_rows[row] = weight grad[t] and grad_weights[t, k] = <grad[t], row>, in a fixed order. The K
-// warps of a token are neighbours: its gradient comes from memory once. (The 1 in the launch bounds
-// keeps ptxas from spilling to fit more blocks.)
+// warps of a token are neighbours: its gradient comes from memory once.
 template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads)
     moe_gather_rows_backward_kernel(const GatherBackward<scalar_t> b) {
   using compute_t = compute_type<scalar_t>;
   const int lane = threadIdx.x % kWarpSize;
@@ -303,6 +302,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (row >= 0) {
     const compute_t weight = b.weights[slot];
     const scalar_t* grad = b.grad + slot / b.slots.top_k * b.grad_stride;
+#pragma unroll 2  // more than that spills float64 on sm_75
     for (int64_t column = lane * kSize; column < width; column += kWarpSize * kSize) {
       const auto piece = Piece<scalar_t, kSize>::load(grad + column);
       Piece<scalar_t, kSize> values{}, scaled;
