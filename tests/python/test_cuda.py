@@ -465,10 +465,10 @@ def test_permute_counts_what_it_leaves_out():
 
 
 def test_permute_rows_of_8_bits_into_memory_that_is_given():
-    for width in (32, 7):
+    for width, top_k in ((32, 3), (7, 3), (7, 40)):
         rows = torch.randint(0, 256, (20, width), dtype=torch.uint8)
-        indices = torch.randint(-1, 4, (20, 3))
-        out = torch.zeros(60, width, dtype=torch.uint8).cuda()
+        indices = torch.randint(-1, 4, (20, top_k))
+        out = torch.zeros(20 * top_k, width, dtype=torch.uint8).cuda()
         p = F.moe_permute(rows.cuda(), indices.cuda(), 4, out=out)
         want = F.moe_permute(rows, indices, 4)
         assert torch.equal(out.cpu(), want.permuted)
