@@ -75,10 +75,14 @@ def test_indices_of_gating():
     assert torch.equal(layout.num_tokens_per_expert.long(), r.tokens_per_expert)
 
 
-def test_bad_indices_are_skipped_on_cuda(backend):
-    if backend == "cpu":
-        pytest.skip("raises")
+def test_bad_indices(backend):
+    """The CPU raises; CUDA skips them."""
     indices = torch.tensor([[4, -2, 0], [2**40, 3, -(2**62)]])
+    if backend == "cpu":
+        for index in indices.flatten()[[0, 1, 3, 5]]:
+            with pytest.raises(RuntimeError, match=f"topk_indices must be in .*, got {index}"):
+                F.dispatch_layout(index.view(1, 1), 2, 4)
+        return
     layout = F.dispatch_layout(indices, 2, 4)
     assert layout.num_tokens_per_expert.tolist() == [1, 0, 0, 1]
     assert layout.is_token_in_rank.tolist() == [[True, False], [False, True]]
