@@ -7,6 +7,7 @@
 #include "nn/moe_layer.h"
 #include "nn/router.h"
 #include "ops/balance_loss.h"
+#include "ops/direct_losses.h"
 #include "ops/dispatch_layout.h"
 #include "ops/expert_bincount.h"
 #include "ops/moe_align_block_size.h"

@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "../csrc/ops/balance_loss_arguments.h"
 #include "../csrc/ops/slot_sort.h"
 #include "../csrc/ops/topk_gating_arguments.h"
 
@@ -69,17 +70,14 @@ void dispatch_layout_cuda(const at::Tensor& topk_indices, const at::Tensor& num_
                           const at::Tensor& num_tokens_per_expert,
                           const at::Tensor& is_token_in_rank);
 
-/// values [L] and total [] from sums [2 E + 5]; kinds are BalanceLossKind numbers (L <= 32), a
-/// negative one gives 0. coefficients [L] float32 on the device.
-void balance_loss_cuda(const at::Tensor& sums, const at::Tensor& coefficients,
-                       const std::vector<int64_t>& kinds, int64_t top_k, const at::Tensor& total,
+/// values [L] and total []; at most 32 losses.
+void balance_loss_cuda(const BalanceLossArguments& arguments, const at::Tensor& total,
                        const at::Tensor& values);
-/// grad_sums = (grad_total coefficients_l + grad_values_l) dvalue_l/dsums, added over l; either
-/// gradient may be absent.
+/// grad_sums and grad_gate_sums = (grad_total coefficients_l + grad_values_l) dvalue_l, added over
+/// l; either gradient may be absent. grad_gate_sums has no elements without gate_sums.
 void balance_loss_backward_cuda(const std::optional<at::Tensor>& grad_total,
                                 const std::optional<at::Tensor>& grad_values,
-                                const at::Tensor& sums, const at::Tensor& coefficients,
-                                const std::vector<int64_t>& kinds, int64_t top_k,
-                                const at::Tensor& grad_sums);
+                                const BalanceLossArguments& arguments, const at::Tensor& grad_sums,
+                                const at::Tensor& grad_gate_sums);
 
 }  // namespace equipoise

@@ -52,6 +52,17 @@ inline void stream_bytes(const uint8_t* from, int64_t count, uint8_t* to) {
   __builtin_memcpy(to + i, from + i, count - i);
 }
 
+/// Copies a row and asks for the one that is written `next`: rows lie anywhere, the processor sees
+/// no pattern in them, and a store to a line that is not there yet waits for it.
+inline void copy_bytes(const uint8_t* from, int64_t count, uint8_t* to, uint8_t* next) {
+  int64_t i = 0;
+  for (; i + kVectorBytes <= count; i += kVectorBytes) {
+    __builtin_prefetch(next + i, 1);
+    __builtin_memcpy(to + i, from + i, kVectorBytes);
+  }
+  __builtin_memcpy(to + i, from + i, count - i);
+}
+
 template <typename scalar_t>
 using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
@@ -166,14 +177,18 @@ void scatter(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end) {
   if constexpr (kStream) end_of_stream();
 }
 
-/// Calls function(token, row of out) for each slot that has a row.
+/// Calls function(token, row of out, row of out of the next slot) for each slot that has a row;
+/// next is the same row where the next slot has none.
 template <typename F>
 void for_each_slot(const MoeRows<uint8_t, uint8_t>& m, int64_t begin, int64_t end,
                    const F& function) {
   for (int64_t t = begin; t < end; ++t) {
     for (int64_t slot = t * m.top_k; slot < (t + 1) * m.top_k; ++slot) {
       const int64_t row = m.map[slot];
-      if (row >= 0) function(m.tokens + t * m.token_stride, m.out + row * m.width);
+      if (row < 0) continue;
+      const int64_t following = slot + 1 < end * m.top_k ? m.map[slot + 1] : -1;
+      function(m.tokens + t * m.token_stride, m.out + row * m.width,
+               m.out + (following >= 0 ? following : row) * m.width);
     }
   }
 }
@@ -193,17 +208,48 @@ void gather_numbers(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t
   }
 }
 
+constexpr int64_t kUnroll = 4;  // so many pieces of a token's sum stay in registers
+
+/// kUnroll pieces of out[t] from column h on; kWhole: all of them are within the row.
+/// for_each_row calls its argument with each slot k that has a row, and the row that slot k of the
+/// next token has, or -1: it is asked for on the way, as in dot().
+template <bool kWhole, typename scalar_t, typename weight_t, typename F>
+void gather_columns(const MoeRows<scalar_t, weight_t>& m, int64_t t, int64_t h,
+                    const F& for_each_row) {
+  using P = Piece<scalar_t>;
+  using T = compute_t<scalar_t>;
+  const auto left = [&](int64_t u) { return kWhole ? P::kSize : m.width - h - u * P::kSize; };
+  P sum[kUnroll];
+  for (auto& s : sum) s = P::zero();
+  for_each_row([&](int64_t k, int64_t following) {
+    const int64_t slot = t * m.top_k + k, row = m.map[slot];
+    const scalar_t* from = m.rows + row * m.row_stride + h;
+    const scalar_t* next = m.rows + (following >= 0 ? following : row) * m.row_stride + h;
+    const typename P::Vec weight(m.weights != nullptr ? static_cast<T>(m.weights[slot]) : T(1));
+    for (int64_t u = 0; u < kUnroll && left(u) > 0; ++u) {
+      const auto piece = P::load(from + u * P::kSize, left(u));
+      __builtin_prefetch(next + u * P::kSize);
+      for (int64_t j = 0; j < P::kParts; ++j)
+        sum[u].part[j] = at::vec::fmadd(weight, piece.part[j], sum[u].part[j]);
+    }
+  });
+  scalar_t* out = m.out + t * m.width + h;
+  for (int64_t u = 0; u < kUnroll && left(u) > 0; ++u) sum[u].store(out + u * P::kSize, left(u));
+}
+
 }  // namespace
 
 void copy_rows(const MoeRows<uint8_t, uint8_t>& m, int64_t begin, int64_t end) {
   if (m.stream) {
-    for_each_slot(m, begin, end,
-                  [&](const uint8_t* from, uint8_t* to) { stream_bytes(from, m.width, to); });
+    for_each_slot(m, begin, end, [&](const uint8_t* from, uint8_t* to, uint8_t*) {
+      stream_bytes(from, m.width, to);
+    });
     return end_of_stream();
   }
   const auto copy = [&](auto size) {
-    for_each_slot(m, begin, end,
-                  [&](const uint8_t* from, uint8_t* to) { __builtin_memcpy(to, from, size); });
+    for_each_slot(m, begin, end, [&](const uint8_t* from, uint8_t* to, uint8_t*) {
+      __builtin_memcpy(to, from, size);
+    });
   };
   switch (m.width) {  // weights move like rows, and a move of a known size is not a call
     case 2:
@@ -213,7 +259,9 @@ void copy_rows(const MoeRows<uint8_t, uint8_t>& m, int64_t begin, int64_t end) {
     case 8:
       return copy(std::integral_constant<int64_t, 8>{});
     default:
-      return copy(m.width);
+      return for_each_slot(m, begin, end, [&](const uint8_t* from, uint8_t* to, uint8_t* next) {
+        copy_bytes(from, m.width, to, next);
+      });
   }
 }
 
@@ -227,14 +275,11 @@ template <typename scalar_t, typename weight_t>
 void gather_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t end,
                  int64_t* listed) {
   if (m.width == 1) return gather_numbers(m, begin, end);
-  using P = Piece<scalar_t>;
-  using T = compute_t<scalar_t>;
-  constexpr int64_t kUnroll =
-      4;  // so many pieces of the token's sum are kept in registers while the slots pass
   constexpr int64_t kManySlots = 32;  // most of so many have no row: one look for those that have
+  constexpr int64_t kColumns = kUnroll * Piece<scalar_t>::kSize;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t* map = m.map + t * m.top_k;
-    scalar_t* out = m.out + t * m.width;
+    const int64_t* next_map = t + 1 < end ? map + m.top_k : map;
     int64_t num_listed = 0;
     if (m.top_k > kManySlots) {
       for (int64_t k = 0; k < m.top_k; ++k) {
@@ -242,33 +287,18 @@ void gather_rows(const MoeRows<scalar_t, weight_t>& m, int64_t begin, int64_t en
         num_listed += map[k] >= 0;
       }
     }
-    for (int64_t h = 0; h < m.width; h += kUnroll * P::kSize) {
-      P sum[kUnroll];
-      for (auto& s : sum) s = P::zero();
-      const auto add = [&](int64_t k) {
-        const scalar_t* row = m.rows + map[k] * m.row_stride;
-        const typename P::Vec weight(
-            m.weights != nullptr ? static_cast<T>(m.weights[t * m.top_k + k]) : T(1));
-        for (int64_t u = 0; u < kUnroll; ++u) {
-          const int64_t at = h + u * P::kSize;
-          if (at >= m.width) break;
-          const auto piece = P::load(row + at, m.width - at);
-          for (int64_t j = 0; j < P::kParts; ++j)
-            sum[u].part[j] = at::vec::fmadd(weight, piece.part[j], sum[u].part[j]);
-        }
-      };
+    const auto for_each_row = [&](const auto& add) {
       if (m.top_k > kManySlots) {
-        for (int64_t i = 0; i < num_listed; ++i) add(listed[i]);
+        for (int64_t i = 0; i < num_listed; ++i) add(listed[i], next_map[listed[i]]);
       } else {
         for (int64_t k = 0; k < m.top_k; ++k) {
-          if (map[k] >= 0) add(k);
+          if (map[k] >= 0) add(k, next_map[k]);
         }
       }
-      for (int64_t u = 0; u < kUnroll; ++u) {
-        const int64_t at = h + u * P::kSize;
-        if (at < m.width) sum[u].store(out + at, m.width - at);
-      }
-    }
+    };
+    int64_t h = 0;
+    for (; h + kColumns <= m.width; h += kColumns) gather_columns<true>(m, t, h, for_each_row);
+    if (h < m.width) gather_columns<false>(m, t, h, for_each_row);
   }
 }
 

@@ -20,9 +20,18 @@ if torch.__version__.split(".")[:2] != _build.torch.split(".")[:2]:
         f"{torch.__version__} is installed: install equipoise again, or the torch that it wants"
     )
 
-from . import balancers, cpp, functional, metrics, nn, ops  # noqa: E402
+from . import balancers, cpp, distributed, functional, metrics, nn, ops  # noqa: E402
 
 #: For find_package(equipoise): cmake -DCMAKE_PREFIX_PATH=<this>
 cmake_prefix_path = str(Path(__file__).parent / "share" / "cmake")
 
-__all__ = ["balancers", "cmake_prefix_path", "cpp", "functional", "metrics", "nn", "ops"]
+__all__ = [
+    "balancers",
+    "cmake_prefix_path",
+    "cpp",
+    "distributed",
+    "functional",
+    "metrics",
+    "nn",
+    "ops",
+]

@@ -7,6 +7,8 @@ H features), is differentiable by plain autograd to any order, and computes in f
 types and in float64 for float64.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -327,21 +329,82 @@ def dispatch_layout(
 
 
 def balance_loss(
-    sums: Tensor, coefficients: Tensor, losses: list[str], top_k: int
+    sums: Tensor,
+    coefficients: Tensor,
+    losses: list[str],
+    top_k: int,
+    gate_sums: Tensor | None = None,
+    expert_weights: Tensor | None = None,
+    num_devices: int = 1,
+    unbiased: bool = False,
+    normalize: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """Total and unscaled values of balance losses; see ``equipoise.functional.balance_loss``.
+
+    Each row of ``sums`` is a segment. A loss on P is the mean over the segments that have tokens,
+    z and token_entropy are means over all tokens, and ``gate_sums`` are of all segments.
 
     >>> sums = torch.tensor([1.5, 0.5, 2.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0])  # two tokens, expert 0
     >>> balance_loss(sums, torch.tensor([0.01]), ["switch"], 1)[1].tolist()
     [1.5]
     """
-    num_experts = (sums.numel() - 5) // 2
-    prob_sum, load, tail = sums.split([num_experts, num_experts, 5])
-    num_tokens = tail[0].detach()
-    inverse = torch.where(num_tokens > 0, 1 / num_tokens.clamp(min=1e-30), 0)
-    frequency = load.detach() * inverse / top_k
-    value = {"z": tail[1] * inverse, "switch": num_experts * (frequency * prob_sum * inverse).sum()}
-    if top_k == num_experts:
-        value["switch"] = sums.new_zeros(())
-    values = torch.stack([value[name] for name in losses])
+    num_experts = (sums.size(-1) - 5) // 2
+    rows = [row for row in sums.reshape(-1, sums.size(-1)) if row[2 * num_experts] > 0]
+    num_tokens = sum((row[2 * num_experts].detach() for row in rows), sums.new_zeros(()))
+    values = []
+    for name in losses:
+        value = sums.sum() * 0
+        if name in ("z", "token_entropy"):
+            tail = 1 if name == "z" else 2
+            for row in rows:
+                value = value + row[2 * num_experts + tail] / num_tokens
+        elif num_experts == 1 or top_k == num_experts:
+            pass
+        elif name == "importance":
+            value = gate_sums.var(correction=int(unbiased)) / gate_sums.mean().square()
+        else:
+            for row in rows:
+                loss = _loss_of_segment(
+                    name,
+                    row,
+                    1 if normalize == "hf" else top_k,
+                    expert_weights,
+                    num_devices,
+                    unbiased,
+                )
+                value = value + loss / len(rows)
+        values.append(value)
+    values = torch.stack(values)
     return (values * coefficients.to(values.dtype)).sum(), values
+
+
+def _loss_of_segment(
+    name: str,
+    row: Tensor,
+    top_k: int,
+    expert_weights: Tensor | None,
+    num_devices: int,
+    unbiased: bool,
+) -> Tensor:
+    num_experts = (row.numel() - 5) // 2
+    prob_sum, load, tail = row.split([num_experts, num_experts, 5])
+    num_tokens = tail[0].detach()
+    p = prob_sum / num_tokens
+    share = num_experts * load.detach() / (top_k * num_tokens)  # E f_e
+    log_p = (num_experts * p).clamp(min=torch.finfo(p.dtype).tiny).log()  # of E P
+    match name:
+        case "switch":
+            return (share * p * (1 if expert_weights is None else expert_weights)).sum()
+        case "device":
+            return (share.view(num_devices, -1).mean(1) * p.view(num_devices, -1).sum(1)).sum()
+        case "importance_of_probs":
+            return prob_sum.var(correction=int(unbiased)) / prob_sum.mean().square()
+        case "uniform_kl":
+            return -log_p.mean()
+        case "entropy":
+            return (p * log_p).sum()
+        case "variance":
+            return p.var()
+        case "mutual_information":
+            return tail[2] / num_tokens + (p * log_p).sum() - math.log(num_experts)
+    raise ValueError(f"no such loss: {name}")

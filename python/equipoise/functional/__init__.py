@@ -8,7 +8,30 @@ Everything works on CPU and CUDA, for float64, float32, bfloat16 and float16, un
 ``RuntimeError`` with a message that names the op, the argument, what was wanted and what came.
 """
 
-from .losses import LossReport, balance_loss, switch_loss, z_loss
+from .losses import (
+    BALANCE_LOSSES,
+    LossReport,
+    TrainingLoss,
+    balance_loss,
+    balance_loss_from_logits,
+    communication_loss,
+    device_loss,
+    entropy_loss,
+    importance_loss,
+    infonce,
+    load_loss,
+    mine,
+    mixture_nll,
+    mutual_information_loss,
+    router_l2_loss,
+    similarity_correlation,
+    switch_loss,
+    token_entropy_loss,
+    training_loss,
+    uniform_kl_loss,
+    variance_loss,
+    z_loss,
+)
 from .permutation import (
     AlignedBlocks,
     DispatchLayout,
@@ -23,6 +46,7 @@ from .permutation import (
 )
 from .routing import (
     RoutingResult,
+    concatenate_routings,
     expert_bincount,
     expert_frequency,
     segment_ids_from_cu_seqlens,
@@ -30,23 +54,42 @@ from .routing import (
 )
 
 __all__ = [
+    "BALANCE_LOSSES",
     "AlignedBlocks",
     "DispatchLayout",
     "LossReport",
     "PermuteResult",
     "RoutingResult",
     "SortedChunks",
+    "TrainingLoss",
     "balance_loss",
+    "balance_loss_from_logits",
+    "communication_loss",
+    "concatenate_routings",
+    "device_loss",
     "dispatch_layout",
+    "entropy_loss",
     "expert_bincount",
     "expert_capacity",
     "expert_frequency",
+    "importance_loss",
+    "infonce",
+    "load_loss",
+    "mine",
+    "mixture_nll",
     "moe_align_block_size",
     "moe_permute",
     "moe_unpermute",
+    "mutual_information_loss",
+    "router_l2_loss",
     "segment_ids_from_cu_seqlens",
+    "similarity_correlation",
     "sort_chunks_by_index",
     "switch_loss",
+    "token_entropy_loss",
     "topk_gating",
+    "training_loss",
+    "uniform_kl_loss",
+    "variance_loss",
     "z_loss",
 ]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choosing experts, and counting what was chosen."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -167,6 +168,32 @@ def topk_gating(
             forced_indices,
             stats,
         )
+    )
+
+
+def concatenate_routings(routings: Sequence[RoutingResult]) -> RoutingResult:
+    """The routing of several batches of one layer, as if their tokens had come together.
+
+    With it the balance loss over accumulated micro-batches is exact: keep the routing of each
+    micro-batch, form the loss after the last forward.
+
+    Args:
+        routings: of the same E and K; those with segments, of the same segments.
+
+    Returns:
+        RoutingResult with the leading dimensions flattened.
+
+    >>> parts = [topk_gating(logits, top_k=1) for logits in torch.eye(2).unsqueeze(1)]
+    >>> concatenate_routings(parts).tokens_per_expert.tolist()
+    [1, 1]
+    """
+    with_stats = all(r.sums is not None for r in routings)
+    return RoutingResult(
+        torch.cat([r.topk_weights.reshape(-1, r.top_k) for r in routings]),
+        torch.cat([r.topk_indices.reshape(-1, r.top_k) for r in routings]),
+        torch.stack([r.tokens_per_expert for r in routings]).sum(0),
+        torch.cat([r.lse.reshape(-1) for r in routings]) if with_stats else None,
+        torch.stack([r.sums for r in routings]).sum(0) if with_stats else None,
     )
 
 
