@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routes tokens to experts and keeps the experts evenly loaded.
 
-`functional` has the ops, `nn` the modules, `balancers` what acts between steps, `metrics` the
-figures of load, `cpp` the C++ modules of `equipoise::nn`, `ops` the doors to `torch.ops.equipoise`.
+`functional` has the ops, `nn` the modules, `balancers` what acts between steps, `schedules` what
+changes with them, `distributed` what joins ranks and micro-batches, `metrics` the figures of load,
+`cpp` the C++ modules of `equipoise::nn`, `ops` the doors to `torch.ops.equipoise`.
 """
 
 from pathlib import Path
@@ -20,7 +21,16 @@ if torch.__version__.split(".")[:2] != _build.torch.split(".")[:2]:
         f"{torch.__version__} is installed: install equipoise again, or the torch that it wants"
     )
 
-from . import balancers, cpp, distributed, functional, metrics, nn, ops  # noqa: E402
+from . import (  # noqa: E402
+    balancers,
+    cpp,
+    distributed,
+    functional,
+    metrics,
+    nn,
+    ops,
+    schedules,
+)
 
 #: For find_package(equipoise): cmake -DCMAKE_PREFIX_PATH=<this>
 cmake_prefix_path = str(Path(__file__).parent / "share" / "cmake")
@@ -34,4 +44,5 @@ __all__ = [
     "metrics",
     "nn",
     "ops",
+    "schedules",
 ]
