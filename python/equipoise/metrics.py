@@ -9,6 +9,10 @@ With counts C_e, mean m and shares f_e = C_e / sum C:
     kl_to_uniform = log E - entropy    gini = sum_i (2 i - E - 1) C_i / (E sum C), C ascending
 
 MaxVio is Wang 2024's (arXiv:2408.15664): relative, not in tokens.
+
+Beside it stands what these are made of, for any distribution: entropy, divergence, mutual
+information. `entropy` is in bits unless told otherwise, everything else in nats. Results are
+float64; nothing waits for the device.
 """
 
 import math
@@ -59,33 +63,266 @@ def load_metrics(tokens_per_expert: Tensor, unbiased: bool = False) -> dict[str,
         >>> print(f"{load_metrics(counts, unbiased=True)['cv']:.3f}")
         1.041
     """
-    if tokens_per_expert.dim() == 0 or tokens_per_expert.shape[-1] == 0:
-        raise ValueError(
-            "load_metrics: tokens_per_expert must have shape [..., E] with E >= 1, "
-            f"got {list(tokens_per_expert.shape)}"
-        )
+    _check_last("load_metrics", "tokens_per_expert", tokens_per_expert)
     num_experts = tokens_per_expert.shape[-1]
     counts = tokens_per_expert.to(torch.float64)
     total = counts.sum(-1)
     mean = total / num_experts
     largest, smallest = counts.amax(-1), counts.amin(-1)
-    share = counts / total.unsqueeze(-1)
     used = (10 * num_experts * counts >= total.unsqueeze(-1)) & (counts > 0)
-    entropy = torch.special.entr(share).sum(-1)
-    rank = torch.arange(1, num_experts + 1, dtype=torch.float64, device=counts.device)
-    rank_weight = 2 * rank - num_experts - 1
+    nats = entropy(counts / total.unsqueeze(-1), base=math.e)
     return {
         "cv": counts.std(-1, correction=1 if unbiased else 0) / mean,
         "imbalance_ratio": largest / mean,
         "max_vio": (largest - mean) / mean,
         "max_vio_tokens": largest - mean,
         "min_vio": (mean - smallest) / mean,
-        "gini": (rank_weight * counts.sort(-1).values).sum(-1) / (num_experts * total),
-        "entropy": entropy,
-        "perplexity": entropy.exp(),
-        "kl_to_uniform": math.log(num_experts) - entropy,
+        "gini": gini(counts),
+        "entropy": nats,
+        "perplexity": nats.exp(),
+        "kl_to_uniform": math.log(num_experts) - nats,
         "expert_utilization_rate": used.double().mean(-1),
         "expert_usage_rate": (counts > 0).double().mean(-1),
         "dead_experts": (counts == 0).sum(-1),
         "top1_share": largest / total,
     }
+
+
+def gini(x: Tensor) -> Tensor:
+    """Gini coefficient: 0 where all are equal, (E - 1) / E where one has all.
+
+    `sum_i (2 i - E - 1) x_i / (E sum x)`, x ascending and i from 1.
+
+    Args:
+        x: [..., E] numbers >= 0, E >= 1.
+
+    Returns:
+        [...] float64; NaN where all are 0.
+
+    Raises:
+        ValueError: no last dimension, or an empty one.
+
+    Example:
+        >>> gini(torch.tensor([0, 0, 0, 5])).item()
+        0.75
+    """
+    _check_last("gini", "x", x)
+    n = x.shape[-1]
+    x = x.to(torch.float64)
+    rank = torch.arange(1, n + 1, dtype=torch.float64, device=x.device)
+    return ((2 * rank - n - 1) * x.sort(-1).values).sum(-1) / (n * x.sum(-1))
+
+
+def entropy(p: Tensor, base: float = 2) -> Tensor:
+    """Entropy `-sum p log p`, with `0 log 0 = 0`.
+
+    Args:
+        p: [..., E] probabilities: each row >= 0 and of sum 1.
+        base: of the logarithm: 2 for bits, `math.e` for nats.
+
+    Returns:
+        [...] float64; differentiable.
+
+    Raises:
+        ValueError: no last dimension, or an empty one; a base that is not above 1.
+
+    Example:
+        >>> entropy(torch.tensor([0.5, 0.25, 0.25])).item()
+        1.5
+    """
+    _check_last("entropy", "p", p)
+    return torch.special.entr(p.to(torch.float64)).sum(-1) / _log("entropy", base)
+
+
+def perplexity(p: Tensor) -> Tensor:
+    """`exp(entropy)`: the number of experts in effect, from 1 (one has all) to E (all are equal).
+
+    Args:
+        p: [..., E] probabilities: each row >= 0 and of sum 1.
+
+    Returns:
+        [...] float64; differentiable.
+
+    Raises:
+        ValueError: no last dimension, or an empty one.
+
+    Example:
+        >>> round(perplexity(torch.tensor([0.5, 0.5, 0.0])).item(), 6)
+        2.0
+    """
+    _check_last("perplexity", "p", p)
+    return entropy(p, base=math.e).exp()
+
+
+def kl_divergence(p: Tensor, q: Tensor, base: float = math.e) -> Tensor:
+    """Kullback-Leibler divergence `KL(p || q) = sum p log(p / q)`, with `0 log 0 = 0`.
+
+    Args:
+        p: [..., E] probabilities: each row >= 0 and of sum 1.
+        q: the same, of a shape that broadcasts with that of `p`.
+        base: of the logarithm: `math.e` for nats, 2 for bits.
+
+    Returns:
+        [...] float64; infinite where q is 0 and p is not.
+
+    Raises:
+        ValueError: no last dimension, or an empty one, or another one; a base not above 1.
+
+    Example:
+        >>> kl_divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), base=2).item()
+        1.0
+    """
+    _check_last("kl_divergence", "p", p)
+    if q.dim() == 0 or q.shape[-1] != p.shape[-1]:
+        raise ValueError(
+            f"kl_divergence: q must have as many values in a row as p, which has shape "
+            f"{list(p.shape)}, got {list(q.shape)}"
+        )
+    p, q = p.to(torch.float64), q.to(torch.float64)
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1) / _log("kl_divergence", base)
+
+
+def mutual_information(x: Tensor, y: Tensor, base: float = math.e) -> Tensor:
+    """Mutual information of two discrete variables: `H(x) + H(y) - H(x, y)` of the frequencies.
+
+    Args:
+        x: [N] labels, of any type that can be compared; any shape.
+        y: as many.
+        base: of the logarithm: `math.e` for nats, 2 for bits.
+
+    Returns:
+        [] float64, >= 0. The estimate is too large for few samples of many labels, by about
+        `(X - 1) (Y - 1) / (2 N)` nats.
+
+    Raises:
+        ValueError: another number of labels, or none; a base not above 1.
+
+    Example:
+        >>> x = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+        >>> round(mutual_information(x, x // 2, base=2).item(), 6)  # x tells y, which has 1 bit
+        1.0
+    """
+    if x.numel() != y.numel() or x.numel() == 0:
+        raise ValueError(
+            f"mutual_information: x and y must have equally many labels, at least one, "
+            f"got {x.numel()} and {y.numel()}"
+        )
+    x, y = _numbered(x.reshape(-1)), _numbered(y.reshape(-1))
+    joint = _numbered(x * x.numel() + y)
+    nats = _label_entropy(x) + _label_entropy(y) - _label_entropy(joint)
+    return nats.clamp_min(0) / _log("mutual_information", base)  # rounding can go below
+
+
+def binned_mutual_information(x: Tensor, y: Tensor, bins: int = 20, base: float = math.e) -> Tensor:
+    """Mutual information of two continuous variables, each cut into `bins` bins of equal width.
+
+    Args:
+        x: [N] finite numbers; any shape. The bins go from the smallest to the largest.
+        y: as many.
+        bins: at least 1. The estimate cannot exceed `log(bins)`.
+        base: of the logarithm: `math.e` for nats, 2 for bits.
+
+    Returns:
+        [] float64, >= 0; too large for few samples, see `mutual_information`.
+
+    Raises:
+        ValueError: another number of values, or none; `bins` below 1; a base not above 1.
+
+    Example:
+        >>> x = torch.linspace(0, 1, 1000)
+        >>> round(binned_mutual_information(x, 1 - 3 * x, bins=4, base=2).item(), 2)
+        2.0
+    """
+    if bins < 1:
+        raise ValueError(f"binned_mutual_information: bins must be at least 1, got {bins}")
+    if x.numel() != y.numel() or x.numel() == 0:
+        raise ValueError(
+            f"binned_mutual_information: x and y must have equally many values, at least one, "
+            f"got {x.numel()} and {y.numel()}"
+        )
+    return mutual_information(_bin(x, bins), _bin(y, bins), base)
+
+
+def expert_specialization_strength(
+    counts_by_label: Tensor | None = None,
+    *,
+    token_entropy: Tensor | None = None,
+    num_experts: int | None = None,
+) -> Tensor:
+    """How much the choice of an expert tells about the token, from 0 (nothing) to 1.
+
+    With labels (language, domain, class): `I(expert; label) / H(label)`, the share of the label
+    that is known from the expert. Without: `1 - mean H_t / log E`, how decided the router is.
+
+    Args:
+        counts_by_label: [labels, E] how many tokens of each label each expert got.
+        token_entropy: the mean of `H_t` in nats, where there are no labels; [] or one per layer.
+        num_experts: E, with `token_entropy`.
+
+    Returns:
+        Float64, [] or as `token_entropy`; NaN where there is nothing to know: no token, a single
+        label, or a single expert without labels.
+
+    Raises:
+        ValueError: not one of the two, `num_experts` missing, or another shape.
+
+    Example:
+        >>> expert_specialization_strength(torch.tensor([[7, 0], [0, 7]])).item()
+        1.0
+        >>> expert_specialization_strength(torch.tensor([[6, 2], [3, 1]])).item()
+        0.0
+    """
+    name = "expert_specialization_strength"
+    if (counts_by_label is None) == (token_entropy is None and num_experts is None):
+        raise ValueError(f"{name}: takes counts_by_label, or token_entropy and num_experts")
+    if counts_by_label is None:
+        if token_entropy is None or num_experts is None or num_experts < 1:
+            raise ValueError(
+                f"{name}: token_entropy needs num_experts >= 1 beside it, got {num_experts}"
+            )
+        return 1 - token_entropy.to(torch.float64) / math.log(num_experts)
+    if counts_by_label.dim() != 2 or counts_by_label.numel() == 0:
+        raise ValueError(
+            f"{name}: counts_by_label must have shape [labels, E], both at least 1, "
+            f"got {list(counts_by_label.shape)}"
+        )
+    joint = counts_by_label.to(torch.float64)
+    joint = joint / joint.sum()
+    of_label = entropy(joint.sum(1))
+    known = of_label + entropy(joint.sum(0)) - entropy(joint.flatten())
+    return known.clamp_min(0) / of_label
+
+
+def _check_last(function: str, name: str, x: Tensor) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"{function}: {name} must have shape [..., E] with E >= 1, got {list(x.shape)}"
+        )
+
+
+def _log(function: str, base: float) -> float:
+    if not base > 1:
+        raise ValueError(f"{function}: base must be above 1, got {base}")
+    return math.log(base)
+
+
+def _numbered(labels: Tensor) -> Tensor:
+    """[N] labels -> numbers from 0 for the same, int64; torch.unique would wait for the device."""
+    ordered, order = labels.sort()
+    new = torch.cat([ordered.new_zeros(1, dtype=torch.int64), (ordered[1:] != ordered[:-1]).long()])
+    return torch.empty_like(order).scatter_(0, order, new.cumsum(0))
+
+
+def _label_entropy(numbers: Tensor) -> Tensor:
+    """Entropy in nats of [N] numbers below N."""
+    counts = torch.zeros(numbers.numel(), dtype=torch.float64, device=numbers.device)
+    counts.scatter_add_(0, numbers, torch.ones_like(counts))
+    return entropy(counts / numbers.numel(), base=math.e)
+
+
+def _bin(x: Tensor, bins: int) -> Tensor:
+    """Values -> number of the bin, int64; the largest value belongs to the last bin."""
+    x = x.to(torch.float64)
+    low, high = x.aminmax()
+    place = (x - low) / torch.where(high > low, high - low, 1) * bins
+    return place.long().clamp_max(bins - 1)
