@@ -70,6 +70,13 @@ inline void check_per_token(const char* op, const char* argument, const at::Tens
               " without its last = ", wanted, ", got ", tensor.sym_sizes());
 }
 
+/// token_mask [...] beside logits [..., E]: true = real token, or weights.
+inline void check_token_mask(const char* op, const at::Tensor& logits, const at::Tensor& mask) {
+  TORCH_CHECK(mask.scalar_type() == at::kBool || mask.is_floating_point(), op,
+              ": token_mask must be bool or floating weights, got ", mask.scalar_type());
+  check_per_token(op, "token_mask", mask, "logits", logits);
+}
+
 /// segment_ids [...] int64 and num_segments >= 1 must come together.
 inline void check_segments(const char* op, const std::optional<at::Tensor>& segment_ids,
                            const std::optional<c10::SymInt>& num_segments, const char* anchor_name,

@@ -177,12 +177,6 @@ void check_groups(const c10::SymInt& num_experts, const Parameters& p) {
 
 // What stands beside the logits of each token, in both directions.
 
-void check_token_mask(const char* op, const Tensor& logits, const Tensor& mask) {
-  TORCH_CHECK(mask.scalar_type() == at::kBool || mask.is_floating_point(), op,
-              ": token_mask must be bool or floating weights, got ", mask.scalar_type());
-  check_per_token(op, "token_mask", mask, "logits", logits);
-}
-
 void check_noise(const char* op, const Tensor& logits, const Tensor& noise) {
   check_device(op, "noise", noise, "logits", logits);
   check_dtype(op, "noise", noise, logits.scalar_type());

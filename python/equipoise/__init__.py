@@ -31,6 +31,7 @@ from . import (  # noqa: E402
     ops,
     schedules,
 )
+from .nn import router_parameters  # noqa: E402
 
 #: For find_package(equipoise): cmake -DCMAKE_PREFIX_PATH=<this>
 cmake_prefix_path = str(Path(__file__).parent / "share" / "cmake")
@@ -44,5 +45,6 @@ __all__ = [
     "metrics",
     "nn",
     "ops",
+    "router_parameters",
     "schedules",
 ]

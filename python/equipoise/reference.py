@@ -16,9 +16,11 @@ __all__ = [
     "balance_loss",
     "dispatch_layout",
     "expert_bincount",
+    "expert_choice",
     "moe_align_block_size",
     "moe_permute",
     "moe_unpermute",
+    "sinkhorn",
     "sort_chunks_by_index",
     "topk_gating",
 ]
@@ -172,6 +174,54 @@ def expert_bincount(
         return of_token.sum(0)
     of_segment = torch.nn.functional.one_hot(segment_ids.reshape(-1), num_segments).t()
     return of_segment.to(of_token.dtype) @ of_token
+
+
+def _left_out(logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Finite logits [T, E] in the compute type; [T, E] absent experts; [T, 1] masked tokens."""
+    x = logits.reshape(-1, logits.size(-1)).to(_compute_dtype(logits.dtype))
+    absent = x.isnan() | (x == -torch.inf)
+    masked = absent.all(-1, keepdim=True)
+    if token_mask is not None:
+        masked = masked | ~(token_mask > 0).reshape(-1, 1)
+    return x.masked_fill(absent, 0).clamp(max=1e18), absent, masked
+
+
+def sinkhorn(logits: Tensor, num_iters: int = 8, token_mask: Tensor | None = None) -> Tensor:
+    """Alternate scaling of rows and columns; see ``equipoise.functional.sinkhorn``.
+
+    >>> sinkhorn(torch.zeros(2, 4))[0].tolist()  # 1 / (T E)
+    [0.125, 0.125, 0.125, 0.125]
+    """
+    x, absent, masked = _left_out(logits.detach(), token_mask)
+    num_tokens, num_experts = (~masked).sum(), x.size(1)
+    x = x.masked_fill(absent, -torch.inf).masked_fill(masked, 0)
+    plan = (x - x.amax(1, keepdim=True)).exp().masked_fill(absent | masked, 0)
+    for _ in range(num_iters):
+        for dim, target in ((1, 1 / num_tokens), (0, 1 / num_experts)):
+            sums = plan.sum(dim, keepdim=True)
+            plan = torch.where(sums > 0, target * (plan / sums), 0)
+    return plan.view_as(logits)
+
+
+def expert_choice(
+    logits: Tensor, capacity: int, token_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Every expert's best tokens, one after the other; see ``equipoise.functional.expert_choice``.
+
+    >>> expert_choice(torch.tensor([[0.0], [1.0], [2.0]]), 2)[0].tolist()  # p is 1 everywhere
+    [[0, 1]]
+    """
+    x, absent, masked = _left_out(logits, token_mask)
+    p = x.masked_fill(absent & ~masked, -torch.inf).softmax(1)
+    capacity = min(capacity, len(p))
+    indices = torch.full((p.size(1), capacity), -1)
+    for expert, of_expert in enumerate(p.T.tolist()):
+        tokens = [t for t in range(len(p)) if not (absent | masked)[t, expert]]
+        tokens.sort(key=lambda token: -of_expert[token])  # stable
+        tokens = tokens[:capacity]
+        indices[expert, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+    padded = torch.cat([p.T, p.new_zeros(p.size(1), 1)], 1)  # -1 is the column of zeros
+    return indices, padded.gather(1, indices % (len(p) + 1))
 
 
 def moe_permute(

@@ -45,11 +45,14 @@ from .permutation import (
     sort_chunks_by_index,
 )
 from .routing import (
+    ExpertChoiceResult,
     RoutingResult,
     concatenate_routings,
     expert_bincount,
+    expert_choice,
     expert_frequency,
     segment_ids_from_cu_seqlens,
+    sinkhorn,
     topk_gating,
 )
 
@@ -57,6 +60,7 @@ __all__ = [
     "BALANCE_LOSSES",
     "AlignedBlocks",
     "DispatchLayout",
+    "ExpertChoiceResult",
     "LossReport",
     "PermuteResult",
     "RoutingResult",
@@ -71,6 +75,7 @@ __all__ = [
     "entropy_loss",
     "expert_bincount",
     "expert_capacity",
+    "expert_choice",
     "expert_frequency",
     "importance_loss",
     "infonce",
@@ -84,6 +89,7 @@ __all__ = [
     "router_l2_loss",
     "segment_ids_from_cu_seqlens",
     "similarity_correlation",
+    "sinkhorn",
     "sort_chunks_by_index",
     "switch_loss",
     "token_entropy_loss",

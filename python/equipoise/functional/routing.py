@@ -282,5 +282,72 @@ def expert_frequency(
     return counts.float() / counts.sum(-1, keepdim=True).clamp(min=1)
 
 
+def sinkhorn(logits: Tensor, num_iters: int = 8, token_mask: Tensor | None = None) -> Tensor:
+    """The balanced assignment: every token gives the same, every expert takes the same.
+
+    ``exp(x - rowmax(x))``, scaled by turns to row sums 1/T and to column sums 1/E. With more
+    iterations both hold more closely; the columns are scaled last, so they hold exactly.
+
+    Args:
+        logits: [..., E]. NaN and -inf are absent experts, with 0 in the plan; +inf counts as 1e18.
+        num_iters: at least 1.
+        token_mask: [...] bool, True = real token, or float weights, of which only > 0 counts. The
+            row of a masked token is 0, and T is the number of the others.
+
+    Returns:
+        [..., E] float32 (float64 for float64 logits). Without a gradient: the plan chooses, it does
+        not weigh.
+
+    Sources: Sinkhorn 1964; for routing BASE layers (arXiv:2103.16716) and Megatron-LM.
+
+    Both tokens prefer expert 0, but one has to go to the other expert:
+
+    >>> plan = sinkhorn(torch.tensor([[2.0, 0.0], [2.0, 1.0]]), num_iters=20)
+    >>> [[round(p, 3) for p in row] for row in plan.tolist()]
+    [[0.311, 0.189], [0.189, 0.311]]
+    """
+    return ops.sinkhorn(logits, num_iters, token_mask)
+
+
+class ExpertChoiceResult(NamedTuple):
+    """What ``expert_choice`` returns; C is the capacity, or T where that is smaller."""
+
+    token_indices: Tensor
+    """[E, C] int64 in [0, T), by descending p; -1 where no token is left."""
+    token_weights: Tensor
+    """[E, C] float32 (float64 for float64 logits), p of these tokens, 0 beside -1;
+    differentiable."""
+
+
+def expert_choice(
+    logits: Tensor, capacity: int, token_mask: Tensor | None = None
+) -> ExpertChoiceResult:
+    """Every expert takes the ``capacity`` tokens with the largest ``p = softmax(logits)``.
+
+    The softmax runs over the experts; ties go to the lower token. All experts work on the same
+    number of tokens, and a token is used by none, one or several of them.
+
+    Args:
+        logits: [..., E], whose leading dimensions are T tokens. NaN and -inf are absent experts:
+            such an expert never takes the token. +inf counts as 1e18.
+        capacity: tokens per expert, at least 0.
+        token_mask: [...] bool, True = real token, or float weights, of which only > 0 counts. A
+            masked token is never taken.
+
+    Returns:
+        ExpertChoiceResult.
+
+    Source: Zhou 2022 (arXiv:2202.09368).
+
+    >>> r = expert_choice(torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]]), capacity=2)
+    >>> r.token_indices.tolist()
+    [[0, 1], [2, 1]]
+    >>> [[round(w, 3) for w in row] for row in r.token_weights.tolist()]
+    [[0.881, 0.731], [0.5, 0.269]]
+    """
+    return ExpertChoiceResult(*ops.expert_choice(logits, capacity, token_mask))
+
+
 # A saved export names the types of its results; without these lines it could not.
 _register_namedtuple(RoutingResult, serialized_type_name="equipoise.RoutingResult")
+_register_namedtuple(ExpertChoiceResult, serialized_type_name="equipoise.ExpertChoiceResult")

@@ -56,6 +56,23 @@ def _swiglu(hidden: Tensor) -> Tensor:
     return nn.functional.silu(gate) * up
 
 
+def _by_token(choice: F.ExpertChoiceResult, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """[T, E] which expert has chosen which token, and with what weight.
+
+    In this form `moe_permute` and `moe_unpermute` take it, whose sums are deterministic in both
+    directions; index_add's are not on CUDA.
+    """
+    num_experts = choice.token_indices.shape[0]
+    size = num_tokens * num_experts
+    expert = torch.arange(num_experts, device=choice.token_indices.device).unsqueeze(1)
+    place = choice.token_indices * num_experts + expert
+    place = torch.where(choice.token_indices < 0, size, place).flatten()  # cut off in the end
+    chosen = torch.zeros(size + 1, dtype=torch.bool, device=place.device).scatter(0, place, True)
+    weights = choice.token_weights.new_zeros(size + 1)
+    weights = weights.scatter(0, place, choice.token_weights.flatten())
+    return tuple(t[:-1].view(num_tokens, num_experts) for t in (chosen, weights))
+
+
 _ACTIVATIONS = {"relu": nn.functional.relu, "gelu": nn.functional.gelu, "swiglu": _swiglu}
 
 
@@ -73,7 +90,8 @@ class MoELayer(nn.Module):
         top_k: K, from 1 to E.
         activation: "relu", "gelu" or "swiglu" (`silu(gate) * up`; `w_in` holds gate, then up).
         norm_topk_prob: divide the K weights by their sum.
-        router: a module from tokens to a RoutingResult; default `TopKRouter`.
+        router: a module from tokens to a RoutingResult or an ExpertChoiceResult; default
+            `TopKRouter`.
         capacity_factor: None, for no token is dropped.
 
     Parameters:
@@ -156,7 +174,7 @@ class MoELayer(nn.Module):
 
     def forward(
         self, x: Tensor, token_mask: Tensor | None = None
-    ) -> tuple[Tensor, F.RoutingResult]:
+    ) -> tuple[Tensor, F.RoutingResult | F.ExpertChoiceResult]:
         """Sends each token through its experts.
 
         Args:
@@ -165,7 +183,8 @@ class MoELayer(nn.Module):
                 no expert work and come out as zero.
 
         Returns:
-            [..., d_model], and the RoutingResult for losses, balancers and metrics.
+            [..., d_model], and the router's result, for losses, balancers and metrics. A token that
+            no expert has chosen comes out as zero.
 
         Raises:
             RuntimeError: x of another width or type, or a bad mask.
@@ -180,16 +199,28 @@ class MoELayer(nn.Module):
             raise RuntimeError(
                 f"MoELayer: x must have the type of w_in ({w_in.dtype}), got {tokens.dtype}"
             )
-        permuted = F.moe_permute(
-            tokens,
-            routing.topk_indices.reshape(-1, self.top_k),
-            self.num_experts,
-            tokens_per_expert=routing.tokens_per_expert,
-        )
+        if isinstance(routing, F.ExpertChoiceResult):
+            routing_map, weights = _by_token(routing, tokens.shape[0])
+            permuted = F.moe_permute(
+                tokens,
+                None,
+                self.num_experts,
+                routing_map=routing_map,
+                output_rows=routing.token_indices.numel(),
+            )
+        else:
+            weights = routing.topk_weights.reshape(-1, self.top_k)
+            permuted = F.moe_permute(
+                tokens,
+                routing.topk_indices.reshape(-1, self.top_k),
+                self.num_experts,
+                tokens_per_expert=routing.tokens_per_expert,
+            )
         hidden = _grouped_linear(permuted.permuted, w_in, permuted.expert_offsets)
         hidden = _ACTIVATIONS[self.activation](hidden)
         out = _grouped_linear(hidden, w_out, permuted.expert_offsets)
-        weights = routing.topk_weights.reshape(-1, self.top_k)
+        if out.dtype != torch.float64:
+            weights = weights.to(torch.float32)  # of a router in float64
         y = F.moe_unpermute(out, permuted.row_id_map, weights)
         return y.reshape(x.shape), routing
 
