@@ -261,6 +261,7 @@ class TopKRouter(Router):
             draw = torch.rand_like(logits).masked_fill(~(logits > -torch.inf), -1)
             return draw.topk(self.top_k, dim=-1).indices
         if self.routing == "balanced":
+            self._check_per_token("token_mask", token_mask, logits.shape[:-1])
             if token_mask is None:
                 turn = torch.arange(logits.numel() // self.num_experts, device=logits.device)
             else:  # a masked token takes no turn

@@ -105,6 +105,14 @@ class Router(nn.Module):
     def _tempered(self, logits: Tensor) -> Tensor:
         return logits if self.temperature is None else logits / self.temperature
 
+    def _check_per_token(self, name: str, tensor: Tensor | None, shape: torch.Size) -> None:
+        """Where `tensor` is used before `topk_gating` has looked at it."""
+        if tensor is not None and tensor.shape != shape:
+            raise RuntimeError(
+                f"{type(self).__name__}: {name} must have shape [...] of x [..., d_model] = "
+                f"{list(shape)}, got {list(tensor.shape)}"
+            )
+
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
             raise ValueError(f"{type(self).__name__}: {message}")

@@ -9,6 +9,50 @@ from .router import TopKRouter
 from .router_base import without_autocast
 
 
+class _GRU(nn.Module):
+    """`nn.GRU`'s parameters; that module itself is not traced by `torch.compile`."""
+
+    def __init__(self, input_size: int, hidden_size: int, **place) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        rows = 3 * hidden_size  # of reset, update and new gate
+        self.weight_ih_l0 = nn.Parameter(torch.empty(rows, input_size, **place))
+        self.weight_hh_l0 = nn.Parameter(torch.empty(rows, hidden_size, **place))
+        self.bias_ih_l0 = nn.Parameter(torch.empty(rows, **place))
+        self.bias_hh_l0 = nn.Parameter(torch.empty(rows, **place))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1/sqrt(hidden_size), as nn.GRU."""
+        bound = self.hidden_size**-0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(
+        self, x: Tensor, damping: float, token_mask: Tensor | None, reset: Tensor | None
+    ) -> Tensor:
+        """[B, S, hidden_size] states of the tokens x [B, S, input_size], in the type of x."""
+        batch, length, _ = x.shape
+        weights = [self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0]
+        weights = [weight.to(x.dtype) for weight in weights]
+        if batch == 0 or length == 0:
+            return x.new_zeros(batch, length, self.hidden_size)
+        if damping == 1 and token_mask is None and reset is None:
+            start = x.new_zeros(1, batch, self.hidden_size)
+            return torch.gru(x, start, weights, True, 1, 0.0, self.training, False, True)[0]
+        real = None if token_mask is None else (token_mask > 0).unsqueeze(-1)
+        if real is not None:
+            x = x.masked_fill(~real, 0)  # whatever stands there must reach no gradient
+        state, states = x.new_zeros(batch, self.hidden_size), []
+        for t in range(length):
+            if reset is not None:
+                state = state.masked_fill(reset[:, t, None], 0)
+            after = torch.gru_cell(x[:, t], damping * state, *weights)
+            state = after if real is None else torch.where(real[:, t], after, state)
+            states.append(state)
+        return torch.stack(states, 1)
+
+
 class SequentialRouter(TopKRouter):
     """A GRU over the sequence gives the logits, mixed with those of the token alone.
 
@@ -33,7 +77,7 @@ class SequentialRouter(TopKRouter):
     Parameters:
         weight: [E, d_model], normal with standard deviation `init_std`.
         sequence_weight: [E, hidden_size], the same.
-        gru: `nn.GRU(d_model, hidden_size)`.
+        gru.*: those of `nn.GRU(d_model, hidden_size)`, under the same names.
 
     Raises:
         ValueError: an argument out of its range.
@@ -64,7 +108,7 @@ class SequentialRouter(TopKRouter):
         self.hidden_size = hidden_size
         self.damping = damping
         self.influence = influence
-        self.gru = nn.GRU(d_model, hidden_size, batch_first=True, **place)
+        self.gru = _GRU(d_model, hidden_size, **place)
         self.sequence_weight = nn.Parameter(torch.empty(num_experts, hidden_size, **place))
         nn.init.normal_(self.sequence_weight, std=self.init_std)
 
@@ -111,43 +155,15 @@ class SequentialRouter(TopKRouter):
             raise RuntimeError(
                 f"SequentialRouter: x must have shape [B, S, d_model], got {list(x.shape)}"
             )
-        for name, tensor in (("token_mask", token_mask), ("reset", reset)):
-            if tensor is not None and tensor.shape != x.shape[:-1]:
-                raise RuntimeError(
-                    f"SequentialRouter: {name} must have shape [B, S] = {list(x.shape[:-1])}, "
-                    f"got {list(tensor.shape)}"
-                )
+        self._check_per_token("token_mask", token_mask, x.shape[:-1])
+        self._check_per_token("reset", reset, x.shape[:-1])
         if reset is not None and reset.dtype != torch.bool:
             raise RuntimeError(f"SequentialRouter: reset must be torch.bool, got {reset.dtype}")
         with without_autocast(x):
-            states = self._states(inputs, token_mask, reset)
+            states = self.gru(inputs, self.damping, token_mask, reset)
         of_sequence = self._linear(states, self.sequence_weight)
         of_token = self._linear(inputs, self.weight, self.bias)
         return self._tempered(self.influence * of_sequence + (1 - self.influence) * of_token)
-
-    def _states(self, x: Tensor, token_mask: Tensor | None, reset: Tensor | None) -> Tensor:
-        """[B, S, hidden_size] states h_t."""
-        batch, length, _ = x.shape
-        gru = self.gru
-        weights = [gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0]
-        weights = [weight.to(x.dtype) for weight in weights]
-        if batch == 0 or length == 0:
-            return x.new_zeros(batch, length, self.hidden_size)
-        if self.damping == 1 and token_mask is None and reset is None:
-            start = x.new_zeros(1, batch, self.hidden_size)
-            # nn.GRU itself would not be traced, and has no other type than that of its parameters.
-            return torch.gru(x, start, weights, True, 1, 0.0, self.training, False, True)[0]
-        real = None if token_mask is None else (token_mask > 0).unsqueeze(-1)
-        if real is not None:
-            x = x.masked_fill(~real, 0)  # whatever stands there must reach no gradient
-        state, states = x.new_zeros(batch, self.hidden_size), []
-        for t in range(length):
-            if reset is not None:
-                state = state.masked_fill(reset[:, t, None], 0)
-            after = torch.gru_cell(x[:, t], self.damping * state, *weights)
-            state = after if real is None else torch.where(real[:, t], after, state)
-            states.append(state)
-        return torch.stack(states, 1)
 
     def extra_repr(self) -> str:
         return (
