@@ -101,7 +101,8 @@ def test_gradients():
         assert gradcheck(weights, leaf)
         assert gradgradcheck(weights, leaf)
         leaf = logits.clone().requires_grad_()  # of absent experts and masked tokens: zero
-        gradient = torch.autograd.grad((weights(leaf) * 3).square().sum(), leaf)[0]
+        with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+            gradient = torch.autograd.grad((weights(leaf) * 3).square().sum(), leaf)[0]
         assert gradient.isfinite().all()
         assert (gradient[~(logits > -torch.inf)] == 0).all()
         assert mask is None or (gradient[~(mask > 0)] == 0).all()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..balancers import LossFreeBalancer
 from .router_base import Router
 
 _SCORES = {
@@ -85,7 +84,7 @@ class TopKRouter(Router):
         norm_topk_prob: bool = False,
         scaling_factor: float = 1.0,
         bias: bool = False,
-        balancer: LossFreeBalancer | None = None,
+        balancer: nn.Module | None = None,
         *,
         num_groups: int = 1,
         group_topk: int | None = None,
