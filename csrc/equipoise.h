@@ -3,9 +3,14 @@
 #pragma once
 
 #include "export.h"
+#include "nn/advanced_load_balancing_loss.h"
 #include "nn/balance_loss.h"
+#include "nn/balancers.h"
+#include "nn/expert_choice_router.h"
 #include "nn/moe_layer.h"
 #include "nn/router.h"
+#include "nn/sequential_router.h"
+#include "nn/sinkhorn_router.h"
 #include "ops/balance_loss.h"
 #include "ops/direct_losses.h"
 #include "ops/dispatch_layout.h"

@@ -1,59 +1,95 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "router.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/nn/init.h>
+#include <ATen/ops/randn_like.h>
+#include <ATen/ops/softplus.h>
+#include <ATen/ops/zeros.h>
 
-#include <utility>
-
-#include "../checks.h"
+#include "router_base.h"
 
 namespace equipoise::nn {
 
+template class RouterImplBase<TopKRouterImpl>;
+template class RouterImplBase<NoisyTopKRouterImpl>;
+template class RouterImplBase<DenseRouterImpl>;
+template class TopKRouterImplBase<TopKRouterImpl>;
+template class TopKRouterImplBase<NoisyTopKRouterImpl>;
+template class TopKRouterImplBase<DenseRouterImpl>;
+
 TopKRouterImpl::TopKRouterImpl(TopKRouterOptions options) : options(std::move(options)) { reset(); }
 
-void TopKRouterImpl::reset() {
-  const auto d_model = options.d_model();
-  const auto num_experts = options.num_experts();
-  TORCH_CHECK(d_model >= 1, "TopKRouter: d_model must be >= 1, got ", d_model);
-  TORCH_CHECK(num_experts >= 1, "TopKRouter: num_experts must be >= 1, got ", num_experts);
-  TORCH_CHECK(options.top_k() >= 1 && options.top_k() <= num_experts,
-              "TopKRouter: top_k must be from 1 to num_experts = ", num_experts, ", got ",
-              options.top_k());
-  weight = register_parameter("weight", at::empty({num_experts, d_model}));
-  reset_parameters();
-}
-
-void TopKRouterImpl::reset_parameters() { torch::nn::init::normal_(weight, 0.0, 0.02); }
-
 void TopKRouterImpl::pretty_print(std::ostream& stream) const {
-  stream << std::boolalpha << "equipoise::nn::TopKRouter(d_model=" << options.d_model()
-         << ", num_experts=" << options.num_experts() << ", top_k=" << options.top_k()
-         << ", score_function=" << options.score_function()
-         << ", norm_topk_prob=" << options.norm_topk_prob()
-         << ", scaling_factor=" << options.scaling_factor() << ")";
+  print_options(stream);
+  stream << ")";
 }
 
 RoutingResult TopKRouterImpl::forward(const at::Tensor& x,
                                       const std::optional<at::Tensor>& token_mask,
                                       const std::optional<at::Tensor>& expert_bias) {
-  check_floating("TopKRouter", "x", x);
-  check_device("TopKRouter", "x", x, "weight", weight);
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == options.d_model(),
-              "TopKRouter: x must have shape [..., d_model] = [..., ", options.d_model(), "], got ",
-              x.sizes());
-  const auto type = accumulate_type(x.scalar_type());
-  const c10::impl::ExcludeDispatchKeyGuard leave_autocast(c10::autocast_dispatch_keyset);
-  const auto logits = at::linear(x.to(type), weight.to(type));
-  return topk_gating(logits, options.top_k(),
-                     TopKGatingOptions()
-                         .score_function(options.score_function())
-                         .norm_topk_prob(options.norm_topk_prob())
-                         .scaling_factor(options.scaling_factor())
-                         .token_mask(token_mask)
-                         .expert_bias(expert_bias));
+  return topk_gating(drop_experts(logits_of(tokens_of(x))), options.top_k(),
+                     gating_options().token_mask(token_mask).expert_bias(expert_bias));
+}
+
+NoisyTopKRouterImpl::NoisyTopKRouterImpl(NoisyTopKRouterOptions options)
+    : options(std::move(options)) {
+  reset();
+}
+
+void NoisyTopKRouterImpl::reset() {
+  TopKRouterImplBase::reset();
+  TORCH_CHECK(std::isfinite(options.noise_epsilon()) && options.noise_epsilon() > 0,
+              "NoisyTopKRouter: noise_epsilon must be finite and > 0, got ",
+              options.noise_epsilon());
+  noise_weight = register_parameter("noise_weight", at::zeros(weight.sizes()));
+  forget();
+}
+
+void NoisyTopKRouterImpl::reset_parameters() {
+  RouterImplBase::reset_parameters();
+  torch::nn::init::zeros_(noise_weight);
+  forget();
+}
+
+void NoisyTopKRouterImpl::forget() {
+  clean_logits = noisy_logits = noise_stddev = at::Tensor();
+}
+
+void NoisyTopKRouterImpl::pretty_print(std::ostream& stream) const {
+  print_options(stream);
+  stream << ", noise_epsilon=" << options.noise_epsilon() << ")";
+}
+
+RoutingResult NoisyTopKRouterImpl::forward(const at::Tensor& x,
+                                           const std::optional<at::Tensor>& token_mask,
+                                           const std::optional<at::Tensor>& expert_bias) {
+  const auto tokens = tokens_of(x);
+  const auto logits = logits_of(tokens);
+  auto gating = gating_options().token_mask(token_mask).expert_bias(expert_bias);
+  if (is_training()) {
+    const LeaveAutocast leave_autocast;
+    clean_logits = logits;
+    noise_stddev = at::softplus(at::linear(tokens, noise_weight.to(tokens.scalar_type()))) +
+                   options.noise_epsilon();
+    const auto noise = noise_stddev * at::randn_like(logits);
+    noisy_logits = logits + noise;
+    gating.noise(noise);
+  }
+  return topk_gating(drop_experts(logits), options.top_k(), gating);
+}
+
+DenseRouterImpl::DenseRouterImpl(DenseRouterOptions options) : options(std::move(options)) {
+  reset();
+}
+
+void DenseRouterImpl::pretty_print(std::ostream& stream) const {
+  print_options(stream);
+  stream << ")";
+}
+
+RoutingResult DenseRouterImpl::forward(const at::Tensor& x,
+                                       const std::optional<at::Tensor>& token_mask) {
+  return topk_gating(drop_experts(logits_of(tokens_of(x))), options.top_k(),
+                     gating_options().token_mask(token_mask));
 }
 
 }  // namespace equipoise::nn
