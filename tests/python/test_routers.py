@@ -438,6 +438,15 @@ def test_load_loss(load_loss):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+def test_the_load_loss_knows_who_is_absent(load_loss):
+    router = make("noisy", active_experts=Switched(1, 0, 1, 1, 1, 1))
+    result = router(torch.randn(4, D))
+    router.load_loss()
+    for logits in load_loss[-1][:2]:
+        assert (logits[:, 1] == -torch.inf).all() and logits[:, 2:].isfinite().all()
+    torch.testing.assert_close(router.noisy_logits.logsumexp(-1), result.lse)
+
+
 def test_a_trained_noisy_router_can_be_copied():
     router = make("noisy")
     router.generator = torch.Generator().manual_seed(1)

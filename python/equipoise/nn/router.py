@@ -181,20 +181,19 @@ class TopKRouter(Router):
         Raises:
             RuntimeError: x of another width or not floating, or another bad argument.
         """
-        return self._route(self.logits(x), token_mask, segment_ids, num_segments, forced_indices)
+        logits, absent = self._present(self.logits(x))
+        return self._route(logits, absent, token_mask, segment_ids, num_segments, forced_indices)
 
     def _route(
         self,
         logits: Tensor,
+        absent: Tensor | None,
         token_mask: Tensor | None,
         segment_ids: Tensor | None,
         num_segments: int | None,
         forced_indices: Tensor | None,
         noise: Tensor | None = None,
     ) -> F.RoutingResult:
-        absent = self._absent_experts()
-        if absent is not None:
-            logits = logits.masked_fill(absent, -torch.inf)
         if forced_indices is None:
             forced_indices = self._choose(logits, absent, token_mask)
         bias = None if self.balancer is None else self.balancer.expert_bias
@@ -238,8 +237,8 @@ class TopKRouter(Router):
             **inputs,
         )
 
-    def _absent_experts(self) -> Tensor | None:
-        """[E] bool: whom no token of this forward pass may choose; None: all may be chosen."""
+    def _present(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits with -inf for absent experts, and [E] bool, who is absent; None: nobody is."""
         absent = None
         if self.active_experts is not None:
             absent = ~self.active_experts.active_experts
@@ -250,7 +249,7 @@ class TopKRouter(Router):
             dropped = draw < self.expert_dropout
             dropped = dropped.scatter(0, draw.topk(self.top_k).indices, False)
             absent = dropped if absent is None else absent | dropped
-        return absent
+        return (logits if absent is None else logits.masked_fill(absent, -torch.inf)), absent
 
     def _choose(
         self, logits: Tensor, absent: Tensor | None, token_mask: Tensor | None

@@ -34,7 +34,8 @@ class NoisyTopKRouter(TopKRouter):
 
     Attributes:
         clean_logits, noisy_logits, noise_stddev: [..., E] of the last forward pass in training,
-            with their gradients; None before it, and in a copy of the module.
+            with their gradients; -inf for an absent expert; None before it, and in a copy of the
+            module.
 
     Raises:
         ValueError: an argument out of its range.
@@ -78,14 +79,17 @@ class NoisyTopKRouter(TopKRouter):
     ) -> F.RoutingResult:
         """Routes the tokens, without noise in `eval()` mode; see `TopKRouter.forward`."""
         inputs = self._inputs(x)
-        logits, noise = self._logits_of(inputs), None
+        logits, absent = self._present(self._logits_of(inputs))
+        noise = None
         if self.training:
             stddev = self._linear(inputs, self.noise_weight)
             stddev = nn.functional.softplus(stddev) + self.noise_epsilon
             noise = stddev * self._normal_like(logits)
             self.clean_logits, self.noisy_logits = logits, logits + noise
             self.noise_stddev, self._token_mask = stddev, token_mask
-        return self._route(logits, token_mask, segment_ids, num_segments, forced_indices, noise)
+        return self._route(
+            logits, absent, token_mask, segment_ids, num_segments, forced_indices, noise
+        )
 
     def load_loss(self) -> Tensor:
         """The load loss of the last forward pass in training, `functional.load_loss`, unscaled.

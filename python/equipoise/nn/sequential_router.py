@@ -143,8 +143,8 @@ class SequentialRouter(TopKRouter):
         Raises:
             RuntimeError: an argument of another shape or type.
         """
-        logits = self.logits(x, token_mask, reset)
-        return self._route(logits, token_mask, segment_ids, num_segments, forced_indices)
+        logits, absent = self._present(self.logits(x, token_mask, reset))
+        return self._route(logits, absent, token_mask, segment_ids, num_segments, forced_indices)
 
     def logits(
         self, x: Tensor, token_mask: Tensor | None = None, reset: Tensor | None = None
