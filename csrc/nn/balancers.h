@@ -38,6 +38,7 @@ class EQUIPOISE_API BalancerImplBase : public torch::nn::Cloneable<Derived> {
   /// nothing ever was, on any rank.
   ///
   /// @param group  the counts are summed over it first, so that every rank makes the same step.
+  ///               (The class is in <torch/csrc/distributed/c10d/ProcessGroup.hpp>.)
   void update(c10d::ProcessGroup* group = nullptr);
 
   /// Sets everything back to the start.

@@ -50,9 +50,7 @@ void NoisyTopKRouterImpl::reset_parameters() {
   forget();
 }
 
-void NoisyTopKRouterImpl::forget() {
-  clean_logits = noisy_logits = noise_stddev = at::Tensor();
-}
+void NoisyTopKRouterImpl::forget() { clean_logits = noisy_logits = noise_stddev = at::Tensor(); }
 
 void NoisyTopKRouterImpl::pretty_print(std::ostream& stream) const {
   print_options(stream);
@@ -63,7 +61,7 @@ RoutingResult NoisyTopKRouterImpl::forward(const at::Tensor& x,
                                            const std::optional<at::Tensor>& token_mask,
                                            const std::optional<at::Tensor>& expert_bias) {
   const auto tokens = tokens_of(x);
-  const auto logits = logits_of(tokens);
+  const auto logits = drop_experts(logits_of(tokens));
   auto gating = gating_options().token_mask(token_mask).expert_bias(expert_bias);
   if (is_training()) {
     const LeaveAutocast leave_autocast;
@@ -74,7 +72,7 @@ RoutingResult NoisyTopKRouterImpl::forward(const at::Tensor& x,
     noisy_logits = logits + noise;
     gating.noise(noise);
   }
-  return topk_gating(drop_experts(logits), options.top_k(), gating);
+  return topk_gating(logits, options.top_k(), gating);
 }
 
 DenseRouterImpl::DenseRouterImpl(DenseRouterOptions options) : options(std::move(options)) {
