@@ -591,20 +591,42 @@ def test_layout_of_dispatch():
 # ---- balance_loss --------------------------------------------------------------------------------
 
 
+EVERY_LOSS = ["switch", "device", "z", "importance", "importance_of_probs", "uniform_kl"]
+EVERY_LOSS += ["entropy", "variance", "mutual_information", "token_entropy"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("experts", [1, 6, 300])
-def test_balance_loss(experts, dtype):
-    top_k = min(experts, 2)
-    for mask in (None, torch.zeros(20, dtype=torch.bool)):
-        sums = F.topk_gating(make_logits(20, experts, dtype), top_k, token_mask=mask).sums
-        for names in (["switch"], ["z", "switch"], ["z", "z"], ["switch", "z"] * 16):
+@pytest.mark.parametrize("experts,devices", [(1, 1), (6, 2), (300, 5)])
+@pytest.mark.parametrize("segments", [None, 3, 70])
+def test_balance_loss(experts, devices, segments, dtype):
+    top_k, tokens = min(experts, 2), 20
+    ids = None if segments is None else torch.randint(0, segments, (tokens,))
+    masks = (None,) if segments else (None, torch.zeros(tokens, dtype=torch.bool))
+    for mask in masks:
+        logits = make_logits(tokens, experts, dtype)
+        routing = F.topk_gating(
+            logits, top_k, token_mask=mask, segment_ids=ids, num_segments=segments
+        )
+        gate_sums = torch.rand(experts, dtype=dtype)
+        expert_weights = torch.rand(experts, dtype=dtype)
+        for names in (["switch"], EVERY_LOSS, ["z", "z"], ["switch", "importance"] * 16):
             coefficients = torch.rand(len(names)).bfloat16().float()
 
-            def loss(sums, names=names, coefficients=coefficients):
-                moved = coefficients.to(sums.device)
-                return ops.balance_loss(sums, moved, names, top_k, guard_dense=False)
+            def loss(sums, gate_sums, expert_weights, names=names, coefficients=coefficients):
+                return ops.balance_loss(
+                    sums,
+                    coefficients.to(sums.device),
+                    names,
+                    top_k,
+                    gate_sums,
+                    expert_weights,
+                    devices,
+                    unbiased=True,
+                    guard_dense=False,
+                )
 
-            check(loss, sums.detach().requires_grad_())
+            sums = routing.sums.detach().requires_grad_()
+            check(loss, sums, gate_sums.requires_grad_(), expert_weights)
 
 
 # ---- all together --------------------------------------------------------------------------------

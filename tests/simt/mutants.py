@@ -297,10 +297,17 @@ MUTANTS = [
         "sort_chunks_by_index",
     ),
     Mutant(
-        "dropped barrier: zeros are written behind the gradient",
+        "dropped barrier: the next loss comes to the same place with another thread",
         "balance_loss.cu",
-        "grad_sums[i] = 0;\n  __syncthreads();",
-        "grad_sums[i] = 0;",
+        "f(i);\n    __syncthreads();",
+        "f(i);",
+        "balance_loss",
+    ),
+    Mutant(
+        "dropped barrier: the values of a single block are read before they are seen",
+        "balance_loss.cu",
+        "  __syncthreads();  // with a single block its values are not yet seen by all\n",
+        "",
         "balance_loss",
     ),
 ]

@@ -460,7 +460,7 @@ def _balance_loss(
     by_scope: dict[tuple, dict[str, dict[str, Any]]] = {}
     for name, value in losses.items():
         options = dict(value) if isinstance(value, Mapping) else {"coeff": value}
-        _check(name, options)
+        check_loss(name, options)
         scope = options.pop("scope", "batch"), options.pop("group", None)
         by_scope.setdefault(scope, {})[name] = options
     reports = [
@@ -475,7 +475,8 @@ def _balance_loss(
     return LossReport(sum(report.total for report in reports), *merged)
 
 
-def _check(name: str, options: dict[str, Any]) -> None:
+def check_loss(name: str, options: dict[str, Any]) -> None:
+    """Refuses options that a loss of `balance_loss` does not take; the op knows the names."""
     if "coeff" not in options:
         raise ValueError(f"balance_loss: '{name}' needs a 'coeff', got {options}")
     coefficient = options["coeff"]

@@ -2,7 +2,8 @@
 """Modules over the ops of `equipoise.functional`; C++ has the same as `equipoise::nn`."""
 
 from ..balancers import DynamicExperts, EMABalancer, LossFreeBalancer
-from .losses import AdvancedLoadBalancingLoss, SwitchBalanceLoss
+from .critics import MINE, InfoNCE
+from .losses import AdvancedLoadBalancingLoss, BalanceLoss, SwitchBalanceLoss
 from .moe import MoELayer
 from .router import TopKRouter, router_parameters
 from .router_variants import DenseRouter, ExpertChoiceRouter, NoisyTopKRouter, SinkhornRouter
@@ -10,11 +11,14 @@ from .sequential_router import SequentialRouter
 from .transformer import MoETransformerBlock, MoETransformerLM
 
 __all__ = [
+    "MINE",
     "AdvancedLoadBalancingLoss",
+    "BalanceLoss",
     "DenseRouter",
     "DynamicExperts",
     "EMABalancer",
     "ExpertChoiceRouter",
+    "InfoNCE",
     "LossFreeBalancer",
     "MoELayer",
     "MoETransformerBlock",

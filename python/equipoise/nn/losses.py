@@ -2,11 +2,15 @@
 """Balance losses as modules: the functions of `equipoise.functional` with their coefficient."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..functional.losses import check_loss
 
 
 class SwitchBalanceLoss(nn.Module):
@@ -43,6 +47,94 @@ class SwitchBalanceLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"coeff={self.coeff}"
+
+
+class BalanceLoss(nn.Module):
+    """A fixed set of balance losses for all layers of a model: `functional.balance_loss` on each.
+
+    The configuration is printed once, at the first call outside of a compiled graph (on rank 0). A
+    coefficient may be changed between steps, `balance.coefficients["switch"].fill_(0.02)`, or
+    follow a schedule, `balance.coefficients["switch"].copy_(schedule.value)`, without a compiled
+    step being compiled again: it is a float32 buffer, and in the `state_dict`.
+
+    Args:
+        losses: name -> coefficient, or a mapping with `coeff` and options, as in `balance_loss`.
+        normalize: "none" or "hf".
+
+    Raises:
+        ValueError: no loss at all, an unknown option, or a negative coefficient.
+
+    Example:
+        >>> import torch
+        >>> balance = BalanceLoss({"switch": 1e-2, "z": 1e-3})
+        >>> routings = [F.topk_gating(torch.zeros(4, 8), top_k=2) for _ in range(3)]  # three layers
+        >>> report = balance(routings)
+        equipoise: BalanceLoss(switch={coeff: 0.01}, z={coeff: 0.001}, normalize='none')
+        >>> round(report.unscaled["switch"].item(), 3), round(report.scaled["switch"].item(), 3)
+        (1.0, 0.03)
+    """
+
+    def __init__(
+        self, losses: Mapping[str, float | Mapping[str, Any]], normalize: str = "none"
+    ) -> None:
+        super().__init__()
+        if not losses:
+            raise ValueError("BalanceLoss: losses must name at least one loss, got none")
+        self.normalize = normalize
+        self.options: dict[str, dict[str, Any]] = {}
+        for name, value in losses.items():
+            options = dict(value) if isinstance(value, Mapping) else {"coeff": value}
+            check_loss(name, options)
+            self.register_buffer(
+                f"coeff_{name}", torch.tensor(float(options.pop("coeff")), dtype=torch.float32)
+            )
+            self.options[name] = options
+        self._announced = False
+
+    @property
+    def coefficients(self) -> dict[str, Tensor]:
+        """The coefficient of each loss, a scalar buffer."""
+        return {name: getattr(self, f"coeff_{name}") for name in self.options}
+
+    def forward(self, routing: F.RoutingResult | Sequence[F.RoutingResult]) -> F.LossReport:
+        """The losses of one layer, or of each of several.
+
+        Args:
+            routing: of one layer, or one per layer; with statistics.
+
+        Returns:
+            LossReport: `total` and `scaled` are sums over the layers, which is what training adds
+            to its loss; `unscaled` are means, so that balance is 1 however many layers there are.
+        """
+        routings = [routing] if isinstance(routing, F.RoutingResult) else list(routing)
+        if not routings:
+            raise ValueError("BalanceLoss: routing must be of at least one layer, got none")
+        if not self._announced and not torch.compiler.is_compiling():
+            self._announced = True
+            if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+                print(f"equipoise: {self}")
+        losses = {
+            name: {"coeff": coefficient.float(), **self.options[name]}
+            for name, coefficient in self.coefficients.items()
+        }
+        reports = [F.balance_loss(r, losses, self.normalize) for r in routings]
+        return F.LossReport(
+            torch.stack([r.total for r in reports]).sum(),
+            {n: torch.stack([r.unscaled[n] for r in reports]).mean() for n in losses},
+            {n: torch.stack([r.scaled[n] for r in reports]).sum() for n in losses},
+            reports[0].coefficients,
+        )
+
+    def extra_repr(self) -> str:
+        terms = [
+            f"{name}={{{', '.join(f'{k}: {v}' for k, v in {'coeff': c, **options}.items())}}}"
+            for (name, options), c in zip(
+                self.options.items(),
+                [round(c.item(), 8) for c in self.coefficients.values()],
+                strict=True,
+            )
+        ]
+        return ", ".join([*terms, f"normalize={self.normalize!r}"])
 
 
 class AdvancedLoadBalancingLoss(nn.Module):
