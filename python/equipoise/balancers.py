@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .distributed import all_reduce_sum
+
 
 def _recomputing() -> bool:
     """Whether this is the second forward of `torch.utils.checkpoint(..., use_reentrant=False)`.
@@ -106,7 +108,7 @@ class Balancer(nn.Module):
         """
         if group is not None:
             for sums in self._sums.values():
-                torch.distributed.all_reduce(sums, group=group)
+                all_reduce_sum(sums, group)
         if not self._recorded:
             if group is None or self._sums["counts"][-1] == 0:
                 raise RuntimeError(
