@@ -47,11 +47,17 @@ TORCH_LIBRARY_FRAGMENT(equipoise, m) {
 /// The dtype that a loss is computed and given in.
 Tensor widen(const Tensor& tensor) { return tensor.to(accumulate_type(tensor.scalar_type())); }
 
+/// `tensor` has a last dimension, whose size the documentation calls `size`.
+void check_rows(const char* op, const char* argument, const Tensor& tensor, const char* size) {
+  TORCH_CHECK(tensor.dim() >= 1 && tensor.sym_size(-1) >= 1, op, ": ", argument,
+              " must have shape [..., ", size, "] with ", size, " >= 1, got ", tensor.sym_sizes());
+}
+
 /// [T, 1] weights of the tokens of `logits` [T, E]; undefined without a mask.
 Tensor token_weights_of(const char* op, const OptionalTensor& token_mask, const Tensor& logits,
                         at::ScalarType type) {
   if (!token_mask) return {};
-  check_per_token(op, "token_mask", *token_mask, "logits", logits);
+  check_token_mask(op, logits, *token_mask);
   return token_mask->to(type).reshape({-1, 1});
 }
 
@@ -75,6 +81,7 @@ Tensor communication_loss_of_sums(const Tensor& sums, const Tensor& topk_indices
               ": num_devices must divide num_experts = ", num_experts, ", got ", num_devices);
   TORCH_CHECK(max_devices >= 1 && max_devices <= num_devices, op,
               ": max_devices must be from 1 to num_devices = ", num_devices, ", got ", max_devices);
+  check_device(op, "topk_indices", topk_indices, "sums", sums);
   const auto total = sums.dim() == 2 ? sums.sum(0) : sums;
   const auto indices = topk_indices.reshape_symint({-1, topk_indices.sym_size(-1)});
   const auto layout = dispatch_layout(indices, num_devices, num_experts);
@@ -100,9 +107,7 @@ Tensor load_loss(const Tensor& clean_logits, const Tensor& noisy_logits, const T
                  int64_t top_k, const OptionalTensor& token_mask) {
   constexpr const char* op = "load_loss";
   check_floating(op, "clean_logits", clean_logits);
-  TORCH_CHECK(clean_logits.dim() >= 1 && clean_logits.sym_size(-1) >= 1, op,
-              ": clean_logits must have shape [..., E] with E >= 1, got ",
-              clean_logits.sym_sizes());
+  check_rows(op, "clean_logits", clean_logits, "E");
   for (const auto& [name, tensor] :
        {std::pair{"noisy_logits", &noisy_logits}, std::pair{"noise_stddev", &noise_stddev}}) {
     check_dtype(op, name, *tensor, clean_logits.scalar_type());
@@ -117,8 +122,11 @@ Tensor load_loss(const Tensor& clean_logits, const Tensor& noisy_logits, const T
   };
   const auto clean = rows(clean_logits), noisy = rows(noisy_logits), stddev = rows(noise_stddev);
   const auto weights = token_weights_of(op, token_mask, clean_logits, clean.scalar_type());
-  // With K = E everybody is always chosen: the loads are equal.
-  if (top_k == num_experts) return (clean.sum() + noisy.sum() + stddev.sum()) * 0;
+  if (top_k == num_experts) {
+    // Everybody is always chosen: the loads are equal. No value is read, it might be infinite.
+    const auto zero = [](const Tensor& tensor) { return tensor.narrow(0, 0, 0).sum(); };
+    return zero(clean) + zero(noisy) + zero(stddev);
+  }
 
   const auto present = clean.isfinite() & noisy.isfinite();
   const auto lowest = -std::numeric_limits<double>::infinity();
@@ -153,7 +161,7 @@ Tensor communication_loss(const RoutingResult& routing, int64_t num_devices, int
 Tensor router_l2_loss(const Tensor& logits, const OptionalTensor& token_mask) {
   constexpr const char* op = "router_l2_loss";
   check_floating(op, "logits", logits);
-  TORCH_CHECK(logits.dim() >= 1, op, ": logits must have shape [..., E], got ", logits.sym_sizes());
+  check_rows(op, "logits", logits, "E");
   const auto x = widen(logits).reshape_symint({-1, logits.sym_size(-1)});
   auto squares = at::where(x.isfinite(), x, 0).square();
   const auto weights = token_weights_of(op, token_mask, logits, x.scalar_type());
@@ -174,7 +182,10 @@ Tensor similarity_correlation(const Tensor& inputs, const Tensor& gates) {
               gates.sym_sizes());
   const auto of_length_one = [](const Tensor& rows) {
     const auto wide = widen(rows);
-    return ratio_or_zero(wide, wide.norm(2, 1, /*keepdim=*/true));
+    // Not by norm, whose second derivative is NaN at 0.
+    const auto squares = wide.square().sum(1, /*keepdim=*/true);
+    const auto none = squares == 0;
+    return (wide / squares.masked_fill(none, 1).sqrt()).masked_fill(none, 0);
   };
   // A row times a row is a small difference of large sums: not in a half type.
   const c10::impl::ExcludeDispatchKeyGuard leave_autocast(c10::autocast_dispatch_keyset);
@@ -190,10 +201,11 @@ Tensor mixture_nll(const Tensor& gate_logits, const Tensor& log_probs) {
   check_floating(op, "gate_logits", gate_logits);
   check_floating(op, "log_probs", log_probs);
   check_device(op, "log_probs", log_probs, "gate_logits", gate_logits);
-  TORCH_CHECK(gate_logits.dim() >= 1, op, ": gate_logits must have shape [..., K], got ",
-              gate_logits.sym_sizes());
+  check_rows(op, "gate_logits", gate_logits, "K");
   check_sizes(op, "log_probs", log_probs, gate_logits.sym_sizes(), "of gate_logits");
-  return -at::logsumexp(at::log_softmax(widen(gate_logits), -1) + widen(log_probs), {-1}).mean();
+  const auto likelihoods =
+      at::logsumexp(at::log_softmax(widen(gate_logits), -1) + widen(log_probs), {-1});
+  return -likelihoods.sum() / likelihoods.sym_numel().max(1);
 }
 
 Tensor infonce(const Tensor& scores) {

@@ -42,7 +42,8 @@ EQUIPOISE_API at::Tensor router_l2_loss(const at::Tensor& logits,
 /// identity sum_ij (u_i u_j)(v_i v_j) = |U^T V|^2 for rows of length 1; 0 for B = 0.
 EQUIPOISE_API at::Tensor similarity_correlation(const at::Tensor& inputs, const at::Tensor& gates);
 
-/// -mean(logsumexp_k(log g_k + log p_k)), g = softmax(gate_logits); both [..., K].
+/// -mean(logsumexp_k(log g_k + log p_k)), g = softmax(gate_logits); both [..., K]. 0 without
+/// tokens.
 EQUIPOISE_API at::Tensor mixture_nll(const at::Tensor& gate_logits, const at::Tensor& log_probs);
 
 /// log B + mean_i(scores_ii - logsumexp_j(scores_ij)) of scores [B, B]: a lower bound on the
