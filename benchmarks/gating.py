@@ -31,6 +31,7 @@ from harness import (
     compare,
     measure,
     median_us,
+    memory_floor,
     print_machine,
     print_verdicts,
     ratio,
@@ -133,14 +134,6 @@ def check(cell: Cell, gate: Gate) -> list[Tensor]:
 
 
 # ---- timing -------------------------------------------------------------------------------------
-def memory_floor(cell: Cell, backward: bool) -> Call:
-    memory = cell.logits.detach().view(torch.float32).flatten()  # bfloat16 as pairs
-    if not backward:
-        return lambda: torch.dot(memory, memory)
-    target = torch.empty_like(memory)
-    return lambda: (torch.dot(memory, memory), target.copy_(memory))
-
-
 def timed_calls(cell: Cell, gate: Gate, grads: list[Tensor]) -> tuple[Call, Call]:
     logits = cell.logits
 
@@ -175,7 +168,7 @@ class Table:
             cell, calls, verdicts = self.enter(group[0], self.names)
             for row in group:
                 row_calls = {name: passes[row.backward] for name, passes in calls.items()}
-                row_calls["floor"] = memory_floor(cell, row.backward)
+                row_calls["floor"] = memory_floor(cell.logits, row.backward)
                 self.results[row] = measure(row_calls, self.rounds)
                 self.print_row(row, verdicts)
 

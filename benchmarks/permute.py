@@ -21,28 +21,27 @@ of the process, from its high-water mark (Linux only), which has all of it but m
 
 import argparse
 import ctypes
-import gc
 import itertools
-import os
 import random
-import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from harness import (
+    FRESH,
+    ON_LINUX,
+    PEAKS_HEADER,
     TOLERANCE,
     Call,
+    Contest,
     Times,
     Verdict,
-    Wrong,
     compare,
-    measure,
     median_us,
     print_machine,
+    print_peaks,
     print_verdicts,
     ratio,
 )
@@ -54,9 +53,8 @@ from equipoise import reference
 
 NUM_EXPERTS, TOP_K, WIDTH = 128, 8, 1024  # of the tables with rows
 GRID = {"threads": [1, 2], "dtypes": ["float32", "bfloat16"], "tokens": [1, 512, 4096]}
-ON_LINUX = sys.platform == "linux"
 REUSED, ROUND_TRIP = "permute with out=", "forward+backward of both"
-FUSED, FRESH = "embedding_bag", "fresh floor"
+FUSED = "embedding_bag"
 # At least so many times faster than the best eager form on one thread. A result of 4096 tokens is
 # larger than what the C library reuses (32 MB), one of 512 is not.
 WANTED = {
@@ -73,41 +71,7 @@ def random_indices(num_tokens: int, num_experts: int, top_k: int) -> Tensor:
     return torch.rand(num_tokens, num_experts).topk(top_k).indices
 
 
-# ---- one row of a table -------------------------------------------------------------------------
-class Contest:
-    """Checks the contestants, times them in turns, prints, and keeps who failed."""
-
-    def __init__(self, rounds: int) -> None:
-        self.rounds = rounds
-        self.failed: set[str] = set()
-
-    def run(
-        self,
-        title: str,
-        floor: Call,
-        calls: dict[str, Call],
-        check: Callable[[object], None],
-        fresh_floor: Call | None = None,
-    ) -> Times:
-        print(f"\n{title}")
-        passed = {}
-        for name, call in calls.items():
-            try:
-                check(call())
-                passed[name] = call
-            except Wrong as error:
-                self.failed.add(name)
-                print(f"  {name} wrong: {error}")
-        floors = {"floor": floor} | ({FRESH: fresh_floor} if fresh_floor else {})
-        times = measure(floors | passed, self.rounds)
-        for name, values in times.items():
-            line = f"  {name:<30} {median_us(values):>10.1f}"
-            if "equipoise" in passed and name not in ("floor", FRESH, "equipoise"):
-                line += f" {ratio(times, name, 'equipoise')[0]:>7.1f}x"
-            print(line, flush=True)
-        return times
-
-
+# ---- demands -----------------------------------------------------------------------------------
 def versus(times: Times, others: list[str]) -> tuple[float | None, str]:
     """How many times faster than the fastest of the others, and what to say beside it."""
     others = [name for name in others if name in times]
@@ -423,49 +387,17 @@ def count_tables(contest: Contest, args: argparse.Namespace) -> Iterator[Verdict
 
 
 # ---- memory of counting -------------------------------------------------------------------------
-def tensor_peak(call: Call) -> int:
-    """Bytes of the tensors that are there at once."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes between the lines
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        call()
-    changes = [event.self_cpu_memory_usage for event in profile.events()]
-    return max(itertools.accumulate(changes))
-
-
-def process_peak(call: Call) -> int:
-    """Bytes by which the process grows at most."""
-
-    def high_water() -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
-
-    growth = []
-    for _ in range(5):
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # memory that is free already would not be seen to grow
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is there
-        before = high_water()
-        call()
-        growth.append(high_water() - before)
-    return max(growth)
-
-
 def memory_table(args: argparse.Namespace) -> Iterator[Verdict]:
     """The well-known example (B=2, S=10, K=8, N=128) and a large layer."""
     torch.set_num_threads(1)
-    print(f"\n{'peak memory of counting, bytes':<50} {'tensors':>12} {'process':>12}")
+    print(f"\n{'peak memory of counting, bytes':<50} {PEAKS_HEADER}")
     for tokens, num_experts in ((20, 128), (16384, 256)):
         torch.manual_seed(args.seed)
         indices = random_indices(tokens, num_experts, TOP_K)
         what = f"T={tokens} K={TOP_K} E={num_experts}"
         peaks = {}
         for name, call in count_calls(indices, num_experts).items():
-            call()
-            peaks[name] = tensor_peak(call), process_peak(call) if ON_LINUX else None
-            shown = " ".join("{:>12}".format("-" if p is None else p) for p in peaks[name])
-            print(f"  {what + ', ' + name:<48} {shown}")
+            peaks[name] = print_peaks(f"{what}, {name}", call)
     if ON_LINUX:  # of the large layer
         one_hot_peak, peak = (peaks[name][1] / 1e6 for name in ("one-hot sum", "equipoise"))
         detail = f"{one_hot_peak:.1f} MB one-hot"
