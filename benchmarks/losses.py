@@ -65,7 +65,7 @@ STAND_ALONE = {
 class Result(NamedTuple):
     """Of a forward and backward."""
 
-    values: dict[str, Tensor]  # by the name in the check
+    values: dict[str, Tensor]
     gradients: tuple[Tensor, ...]
     pulled: str = "total"  # what has a gradient
 
@@ -195,16 +195,14 @@ def hugging_face() -> Callable[[tuple[Tensor, ...], int, int], Tensor]:
 
 
 # ---- checks -------------------------------------------------------------------------------------
-def checker(
-    wanted: dict[str, Result], dtype: torch.dtype, value_scale: float = 0
-) -> Callable[[Result], None]:
+def checker(wanted: dict[str, Result], dtype: torch.dtype) -> Callable[[Result], None]:
     """`wanted`: by what is pulled."""
 
     def check(got: Result) -> None:
         want = wanted[got.pulled]
         for name, value in got.values.items():
             exact = want.values[name].detach()
-            compare(name, value, exact, TOLERANCE[dtype] * (exact.abs() + value_scale))
+            compare(name, value, exact, TOLERANCE[dtype] * exact.abs())
         for one, exact in zip(got.gradients, want.gradients, strict=True):
             scale = exact.abs().amax(dim=1, keepdim=True) + 1e-2 * exact.abs().max()
             compare(f"gradient of {got.pulled}", one, exact, TOLERANCE[dtype] * scale)
@@ -351,6 +349,8 @@ def stand_alone_table(contest: Contest, args: argparse.Namespace) -> Iterator[Ve
             checker({want.pulled: want}, i.logits.dtype),
         )
         for other, least in STAND_ALONE.get(name, {}).items():
+            if other == HUGGING_FACE and dtype != "float32":
+                continue  # its gradient in bfloat16 is too far off to be timed
             measured, detail = None, ""
             if {"equipoise", other} <= times.keys():
                 measured, by_rounds = ratio(times, other, "equipoise")
