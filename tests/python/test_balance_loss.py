@@ -283,6 +283,23 @@ def test_from_logits_with_hugging_faces_number(masked):
     torch.testing.assert_close(report.total, want)
 
 
+@every_loss
+def test_from_logits_is_the_loss_of_the_routing(name, options):
+    """Also of those losses for which the choices are not computed."""
+    logits = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    losses = {name: {"coeff": 1.0, **options}}
+    totals = [
+        F.balance_loss_from_logits(logits, 4, losses).total,
+        F.balance_loss(F.topk_gating(logits, 4), losses).total,
+    ]
+    torch.testing.assert_close(*totals)
+    torch.testing.assert_close(*[torch.autograd.grad(t, logits)[0] for t in totals])
+    dense = F.balance_loss_from_logits(logits, 6, losses).total
+    assert (dense.item() == 0) == (name not in ("z", "token_entropy"))
+    with pytest.raises(RuntimeError, match="top_k must be"):
+        F.balance_loss_from_logits(logits, 7, losses)
+
+
 def test_from_probabilities():
     logits = torch.randn(9, 6, requires_grad=True)
     losses = {name: {"coeff": 1.0, **options} for name, options in EVERY_LOSS if name != "z"}

@@ -163,6 +163,8 @@ def balance_loss_from_logits(
         logits = logits.clamp(min=torch.finfo(logits.dtype).tiny).log()
     else:
         _warn_of_probabilities(logits)
+    if not _needs_choices(losses) and 1 <= top_k < logits.shape[-1]:
+        top_k = 1  # whom the tokens choose does not matter, and the best one is found soonest
     return balance_loss(topk_gating(logits, top_k, token_mask=token_mask), losses, normalize)
 
 
@@ -562,6 +564,15 @@ def _expert_weights(switch: dict[str, Any], num_experts: int, sums: Tensor) -> T
     if shares is not None:
         weights = 1 / (num_experts * shares)
     return None if weights is None else weights.detach().to(sums.dtype)
+
+
+def _needs_choices(losses: Mapping[str, "float | Tensor | Mapping[str, Any]"]) -> bool:
+    """Whether one of the losses is made of the chosen experts, not of probabilities alone."""
+    importance = losses.get("importance")
+    of_gates = importance is not None and (
+        not isinstance(importance, Mapping) or importance.get("of", "gates") == "gates"
+    )
+    return of_gates or "switch" in losses or "device" in losses
 
 
 def _warn_of_probabilities(logits: Tensor) -> None:
