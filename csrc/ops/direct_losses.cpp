@@ -37,6 +37,7 @@ TORCH_LIBRARY_FRAGMENT(equipoise, m) {
   define(
       "communication_loss(Tensor sums, Tensor topk_indices, int num_devices, int max_devices, "
       "Tensor? token_weights=None) -> Tensor");
+  define("hierarchical_loss(Tensor sums, int top_k, int num_groups) -> Tensor");
   define("router_l2_loss(Tensor logits, Tensor? token_mask=None) -> Tensor");
   define("similarity_correlation(Tensor inputs, Tensor gates) -> Tensor");
   define("mixture_nll(Tensor gate_logits, Tensor log_probs) -> Tensor");
@@ -67,24 +68,42 @@ Tensor ratio_or_zero(const Tensor& numerator, const Tensor& denominator) {
   return (numerator / denominator.masked_fill(none, 1)).masked_fill(none, 0);
 }
 
-Tensor communication_loss_of_sums(const Tensor& sums, const Tensor& topk_indices,
-                                  int64_t num_devices, int64_t max_devices,
-                                  const OptionalTensor& token_weights) {
-  constexpr const char* op = "communication_loss";
+/// The sums of topk_gating with the experts in G equal contiguous groups, segments added up.
+struct GroupedSums {
+  Tensor prob;        // [G, E / G] prob_sum
+  Tensor load;        // [G, E / G], a constant
+  Tensor num_tokens;  // scalar, a constant
+};
+
+GroupedSums grouped_sums(const char* op, const Tensor& sums, const char* argument,
+                         int64_t num_groups) {
   TORCH_CHECK(sums.dim() == 1 || sums.dim() == 2, op, ": sums must have shape [2 E + 5] or ",
               "[S, 2 E + 5], got ", sums.sym_sizes());
   const auto width = sums.sym_size(-1).guard_int(__FILE__, __LINE__);
   TORCH_CHECK(width > RoutingSums::kTail && width % 2 == 1, op,
               ": sums must have shape [2 E + 5] or [S, 2 E + 5], got ", sums.sym_sizes());
   const auto num_experts = (width - RoutingSums::kTail) / 2;
-  TORCH_CHECK(num_devices >= 1 && num_experts % num_devices == 0, op,
-              ": num_devices must divide num_experts = ", num_experts, ", got ", num_devices);
+  TORCH_CHECK(num_groups >= 1 && num_experts % num_groups == 0, op, ": ", argument,
+              " must divide num_experts = ", num_experts, ", got ", num_groups);
+  const auto total = sums.dim() == 2 ? sums.sum(0) : sums;
+  const auto by_group = [&](int64_t begin) {
+    return total.narrow(0, begin, num_experts)
+        .unflatten(0, at::IntArrayRef{num_groups, num_experts / num_groups});
+  };
+  return {by_group(RoutingSums::prob), by_group(RoutingSums::load(num_experts)).detach(),
+          total.select(0, RoutingSums::weight(num_experts)).detach()};
+}
+
+Tensor communication_loss_of_sums(const Tensor& sums, const Tensor& topk_indices,
+                                  int64_t num_devices, int64_t max_devices,
+                                  const OptionalTensor& token_weights) {
+  constexpr const char* op = "communication_loss";
+  const auto groups = grouped_sums(op, sums, "num_devices", num_devices);
   TORCH_CHECK(max_devices >= 1 && max_devices <= num_devices, op,
               ": max_devices must be from 1 to num_devices = ", num_devices, ", got ", max_devices);
   check_device(op, "topk_indices", topk_indices, "sums", sums);
-  const auto total = sums.dim() == 2 ? sums.sum(0) : sums;
   const auto indices = topk_indices.reshape_symint({-1, topk_indices.sym_size(-1)});
-  const auto layout = dispatch_layout(indices, num_devices, num_experts);
+  const auto layout = dispatch_layout(indices, num_devices, groups.prob.numel());
   Tensor sent;  // [D]
   if (token_weights) {
     check_per_token(op, "token_weights", *token_weights, "topk_indices", topk_indices);
@@ -94,11 +113,22 @@ Tensor communication_loss_of_sums(const Tensor& sums, const Tensor& topk_indices
   } else {
     sent = layout.num_tokens_per_rank.to(sums.scalar_type());
   }
-  const auto num_tokens = total.select(0, RoutingSums::weight(num_experts)).detach();
-  const auto prob = total.narrow(0, RoutingSums::prob, num_experts)
-                        .unflatten(0, at::IntArrayRef{num_devices, num_experts / num_devices})
-                        .sum(1);
-  return ratio_or_zero((sent * prob).sum() * num_devices / max_devices, num_tokens.square());
+  return ratio_or_zero((sent * groups.prob.sum(1)).sum() * num_devices / max_devices,
+                       groups.num_tokens.square());
+}
+
+Tensor hierarchical_loss_of_sums(const Tensor& sums, int64_t top_k, int64_t num_groups) {
+  constexpr const char* op = "hierarchical_loss";
+  const auto groups = grouped_sums(op, sums, "num_groups", num_groups);
+  const auto num_experts = groups.prob.numel();
+  TORCH_CHECK(top_k >= 1 && top_k <= num_experts, op,
+              ": top_k must be from 1 to num_experts = ", num_experts, ", got ", top_k);
+  const auto prob = groups.prob.sum(1), load = groups.load.sum(1);  // [G]
+  const auto between =
+      ratio_or_zero((load * prob).sum() * num_groups, top_k * groups.num_tokens.square());
+  const auto within = ratio_or_zero((groups.load * groups.prob).sum(1), load * prob) *
+                      (num_experts / num_groups);  // [G]
+  return (between + ratio_or_zero(within.sum(), (load * prob > 0).sum())) / 2;
 }
 
 }  // namespace
@@ -156,6 +186,12 @@ Tensor communication_loss(const RoutingResult& routing, int64_t num_devices, int
               "communication_loss: routing must come from topk_gating with stats");
   return communication_loss_of_sums(routing.sums, routing.topk_indices, num_devices, max_devices,
                                     token_weights);
+}
+
+Tensor hierarchical_loss(const RoutingResult& routing, int64_t num_groups) {
+  TORCH_CHECK(routing.sums.defined(),
+              "hierarchical_loss: routing must come from topk_gating with stats");
+  return hierarchical_loss_of_sums(routing.sums, routing.top_k(), num_groups);
 }
 
 Tensor router_l2_loss(const Tensor& logits, const OptionalTensor& token_mask) {
@@ -238,6 +274,7 @@ Tensor mine(const Tensor& joint_scores, const Tensor& marginal_scores) {
 TORCH_LIBRARY_IMPL(equipoise, CompositeImplicitAutograd, m) {
   m.impl("load_loss", load_loss);
   m.impl("communication_loss", communication_loss_of_sums);
+  m.impl("hierarchical_loss", hierarchical_loss_of_sums);
   m.impl("router_l2_loss", router_l2_loss);
   m.impl("similarity_correlation", similarity_correlation);
   m.impl("mixture_nll", mixture_nll);

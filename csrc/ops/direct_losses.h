@@ -33,6 +33,12 @@ EQUIPOISE_API at::Tensor communication_loss(
     const RoutingResult& routing, int64_t num_devices, int64_t max_devices,
     const std::optional<at::Tensor>& token_weights = std::nullopt);
 
+/// Balance between groups of experts and within them: the mean of `between`, the device loss of the
+/// groups, and `within`, the mean over the used groups of the Switch loss among a group's experts,
+/// (E / G) sum_e (f_e / F_i) (P_e / P_i) with F_i and P_i the sums over group i. 1 at balance.
+/// @param num_groups  G, equal contiguous runs of experts.
+EQUIPOISE_API at::Tensor hierarchical_loss(const RoutingResult& routing, int64_t num_groups);
+
 /// The mean square of the logits [..., E]; absent experts (-inf, NaN) count as 0.
 /// @param token_mask  [...], bool (true = real token) or floating weights >= 0.
 EQUIPOISE_API at::Tensor router_l2_loss(const at::Tensor& logits,

@@ -21,6 +21,7 @@ dispatch_layout = _OPS.dispatch_layout.default
 expert_bincount = _OPS.expert_bincount.default
 expert_bincount_backward = _OPS.expert_bincount_backward.default
 expert_choice = _OPS.expert_choice.default
+hierarchical_loss = _OPS.hierarchical_loss.default
 infonce = _OPS.infonce.default
 load_loss = _OPS.load_loss.default
 mine = _OPS.mine.default
@@ -45,6 +46,7 @@ __all__ = [
     "expert_bincount",
     "expert_bincount_backward",
     "expert_choice",
+    "hierarchical_loss",
     "infonce",
     "load_loss",
     "mine",

@@ -364,6 +364,24 @@ def communication_loss(
     )
 
 
+def hierarchical_loss(routing: RoutingResult, num_groups: int) -> Tensor:
+    """Balance between groups of experts and within them: 1 at balance.
+
+    The mean of two losses: between the groups, ``G sum(F_i P_i)`` with F_i and P_i the sums of f
+    and P over group i; within them, the mean over the used groups of the Switch loss among their
+    experts, ``(E / G) sum((f_e / F_i) (P_e / P_i))``.
+
+    Args:
+        routing: from ``topk_gating`` with ``stats=True``.
+        num_groups: G, equal contiguous runs of experts (nodes, devices).
+
+    >>> r = topk_gating(torch.tensor([[2.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]]), top_k=1)
+    >>> round(hierarchical_loss(r, 2).item(), 3)  # between 1.615, within the used group 1
+    1.307
+    """
+    return ops.hierarchical_loss(routing._stats(), routing.top_k, num_groups)
+
+
 def router_l2_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
     """The mean square of the logits, which keeps them small.
 
