@@ -5,7 +5,7 @@
 #   make test-ptx      the CUDA kernels without a GPU: the tests marked cuda on an interpreter of PTX (PTXRUN=directory)
 #   make kernels       writes docs/kernels.md: registers, machine code and memory traffic of the CUDA kernels, with limits
 #   make nightly       what takes too long for every commit: make mutants (ARGS=numbers), test-schedules and test-asan
-#   make bench         side-by-side tables (BENCH=gating or BENCH=permute for one of them; ARGS= is passed on)
+#   make bench         side-by-side tables (BENCH=gating, permute or losses for one of them; ARGS= is passed on)
 #   make format        ruff and clang-format;  make format-check only looks
 #   make clean         removes build/ and report/ (.venv stays)
 # EQUIPOISE_CUDA=0 or 1 overrides whether the CUDA kernels are compiled.
@@ -72,7 +72,7 @@ settings := $(EQUIPOISE_CUDA)|$(CMAKE_ARGS)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)
 demo: .venv/equipoise.stamp
 	$(bin)/python -m equipoise.demo $(ARGS)
 
-BENCH ?= gating permute
+BENCH ?= gating permute losses
 bench: .venv/equipoise.stamp
 	for name in $(BENCH); do $(bin)/python benchmarks/$$name.py $(ARGS); done
 

@@ -195,17 +195,20 @@ def hugging_face() -> Callable[[tuple[Tensor, ...], int, int], Tensor]:
 
 
 # ---- checks -------------------------------------------------------------------------------------
-def checker(wanted: dict[str, Result], dtype: torch.dtype) -> Callable[[Result], None]:
+def checker(
+    wanted: dict[str, Result], dtype: torch.dtype, slack: float = 1
+) -> Callable[[Result], None]:
     """`wanted`: by what is pulled."""
+    tolerance = slack * TOLERANCE[dtype]
 
     def check(got: Result) -> None:
         want = wanted[got.pulled]
         for name, value in got.values.items():
             exact = want.values[name].detach()
-            compare(name, value, exact, TOLERANCE[dtype] * exact.abs())
+            compare(name, value, exact, tolerance * exact.abs())
         for one, exact in zip(got.gradients, want.gradients, strict=True):
             scale = exact.abs().amax(dim=1, keepdim=True) + 1e-2 * exact.abs().max()
-            compare(f"gradient of {got.pulled}", one, exact, TOLERANCE[dtype] * scale)
+            compare(f"gradient of {got.pulled}", one, exact, tolerance * scale)
 
     return check
 
@@ -346,7 +349,8 @@ def stand_alone_table(contest: Contest, args: argparse.Namespace) -> Iterator[Ve
             f"{name} from logits, {dtype}, T={NUM_TOKENS} E={NUM_EXPERTS} K={TOP_K}",
             memory_floor(i.logits, True),
             stand_alone_calls(i, name),
-            checker({want.pulled: want}, i.logits.dtype),
+            # Compiled code adds up the tokens one after another, which rounds more.
+            checker({want.pulled: want}, i.logits.dtype, slack=3 if dtype == "float32" else 1),
         )
         for other, least in STAND_ALONE.get(name, {}).items():
             if other == HUGGING_FACE and dtype != "float32":
