@@ -677,3 +677,41 @@ def test_communication_loss_bad_input():
         ops.communication_loss(r.sums, r.topk_indices.int(), 3, 2)
     with pytest.raises(RuntimeError, match="RoutingResult has no statistics"):
         F.communication_loss(F.topk_gating(torch.randn(3, 6), 2, stats=False), 3, 2)
+
+
+def hierarchical_by_hand(logits, top_k, groups):
+    """Between the groups by their totals, then each group as a router of its own."""
+    experts = logits.size(-1)
+    p = logits.softmax(-1).mean(0)
+    best = logits.detach().topk(top_k).indices
+    f = torch.bincount(best.flatten(), minlength=experts).double() / best.numel()
+    between, within = 0, []
+    for group in torch.arange(experts).chunk(groups):
+        between = between + groups * f[group].sum() * p[group].sum()
+        if f[group].sum() > 0:
+            share, mean = f[group] / f[group].sum(), p[group] / p[group].sum()
+            within.append(len(group) * (share * mean).sum())
+    return (between + sum(within) / len(within)) / 2
+
+
+@pytest.mark.no_launch
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_hierarchical_loss(groups, compiled):
+    logits = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([0, 0, 1, 1, 1])
+
+    def loss(logits):
+        routing = F.topk_gating(logits, 1, segment_ids=ids, num_segments=2)
+        return F.hierarchical_loss(routing, groups)
+
+    want = hierarchical_by_hand(logits, 1, groups)
+    torch.testing.assert_close(loss(logits), want, rtol=1e-12, atol=0)
+    (got,), (exact,) = (torch.autograd.grad(v, logits) for v in (loss(logits), want))
+    torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-14)
+    assert gradcheck(loss, (logits,)) and gradgradcheck(loss, (logits,))
+    torch.testing.assert_close(compiled(loss)(logits), want)
+    torch.testing.assert_close(
+        F.hierarchical_loss(F.topk_gating(torch.eye(6), 1), groups), torch.tensor(1.0)
+    )
+    with pytest.raises(RuntimeError, match="num_groups must divide num_experts = 6, got 4"):
+        F.hierarchical_loss(F.topk_gating(torch.eye(6), 1), 4)

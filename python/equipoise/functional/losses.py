@@ -30,7 +30,7 @@ class LossReport(NamedTuple):
     unscaled: dict[str, Tensor]
     """The value of each loss, 1.0 for ``switch`` at balance; differentiable."""
     scaled: dict[str, Tensor]
-    """The same times its coefficient."""
+    """The same times its coefficient, to be reported: without gradient."""
     coefficients: dict[str, Tensor]
     """The coefficient of each loss."""
 
@@ -43,9 +43,9 @@ class TrainingLoss(NamedTuple):
     nll: Tensor
     """The main loss alone: what training and validation may be compared by."""
     balance: Tensor
-    """The scaled balance losses."""
+    """The scaled balance losses but ``token_entropy``; without gradient."""
     entropy: Tensor
-    """The scaled ``token_entropy``."""
+    """The scaled ``token_entropy``; without gradient."""
 
 
 #: The losses of ``balance_loss``.
@@ -299,7 +299,7 @@ def training_loss(nll: Tensor, reports: LossReport | Sequence[LossReport]) -> Tr
     zero = nll.new_zeros(())
     balance = sum((r.total for r in reports), zero)
     entropy = sum((r.scaled["token_entropy"] for r in reports if "token_entropy" in r.scaled), zero)
-    return TrainingLoss(nll + balance, nll, balance - entropy, entropy)
+    return TrainingLoss(nll + balance, nll, (balance - entropy).detach(), entropy)
 
 
 def load_loss(
@@ -538,15 +538,7 @@ def _of_scope(
     if scope == "global":
         sums = distributed.sum_over_ranks(sums, group)
         gate_sums = None if gate_sums is None else distributed.sum_over_ranks(gate_sums, group)
-    # Filled on the device: a copy from the host would wait for it.
-    coefficients = torch.stack(
-        [
-            options["coeff"].detach().to(torch.float32)
-            if isinstance(options["coeff"], Tensor)
-            else torch.full((), options["coeff"], dtype=torch.float32, device=sums.device)
-            for options in losses.values()
-        ]
-    )
+    coefficients = _coefficients([options["coeff"] for options in losses.values()], sums.device)
     total, values = ops.balance_loss(
         sums,
         coefficients,
@@ -559,12 +551,27 @@ def _of_scope(
         normalize,
         guard_dense,
     )
-    of_name = list(losses)
+    scaled = values.detach() * coefficients
     return LossReport(
         total,
-        dict(zip(of_name, values.unbind(), strict=True)),
-        dict(zip(of_name, (values * coefficients).unbind(), strict=True)),
-        dict(zip(of_name, coefficients.unbind(), strict=True)),
+        *(
+            dict(zip(losses, parts.unbind(), strict=True))
+            for parts in (values, scaled, coefficients)
+        ),
+    )
+
+
+def _coefficients(values: list["float | Tensor"], device: torch.device) -> Tensor:
+    if device.type == "cpu" and not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor(values, dtype=torch.float32)
+    # Filled on the device: a copy from the host would wait for it.
+    return torch.stack(
+        [
+            value.detach().to(torch.float32)
+            if isinstance(value, Tensor)
+            else torch.full((), value, dtype=torch.float32, device=device)
+            for value in values
+        ]
     )
 
 
