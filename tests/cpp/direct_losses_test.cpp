@@ -41,7 +41,9 @@ TEST(DirectLosses, CommunicationLossCountsATokenOncePerDevice) {
   const auto logits = torch::tensor({{2.0, 1.0, 0.0, 0.0}, {2.0, 0.0, 0.0, 1.0}}, at::kDouble);
   const auto first =
       logits.softmax(1).narrow(1, 0, 2).sum(1);  // what each token gives the first device
-  EXPECT_TRUE(close(communication_loss(topk_gating(logits, 2), 2, 2), 0.5 + 0.5 * first.mean()));
+  const auto loss = 0.5 + 0.5 * first.mean();
+  EXPECT_TRUE(close(communication_loss(topk_gating(logits, 2), 2, /*max_devices=*/2), loss));
+  EXPECT_TRUE(close(communication_loss(topk_gating(logits, 2), 2, /*max_devices=*/1), 2 * loss));
 
   // Of weights 3 and 1: four to the first device, one to the second.
   const auto weights = torch::tensor({3.0, 1.0}, at::kDouble);
