@@ -34,6 +34,7 @@ HOT = {
 # Kernels whose last block to arrive goes on with what the others wrote, and how many tickets they
 # take: two where sums are added up in two steps.
 TICKETS = {
+    "balance_loss_kernel": 1,
     "topk_gating_team_kernel": 2,
     "topk_gating_block_kernel": 2,
     "expert_bincount_weighted_kernel": 2,
@@ -42,9 +43,12 @@ TICKETS = {
 
 # Registers of a thread. With 64 a multiprocessor holds 1024 threads, the most of sm_75 and half of
 # what most others can; with 80 it holds 3 blocks of 256, with 128 it holds 2. Those that need more
-# than 64 have the first of these steps that nvcc 13.0 stays within.
+# than 64 have the first of these steps that nvcc 13.0 stays within, or, in a kernel of few blocks,
+# what it takes.
 DEFAULT_CEILING = 64
 CEILINGS = {
+    "balance_loss_kernel": 144,  # float64, every loss inlined; one block per segment, mostly one
+    "balance_loss_backward_kernel": 144,
     "expert_bincount_weighted_kernel": 80,  # a block is one warp
     "moe_gather_rows_kernel, 16 bytes": 80,  # 4 pieces on their way, 8 sums
     "topk_gating_team_kernel, E <= 256, general": 128,  # keys and loads as well; groups, segments
