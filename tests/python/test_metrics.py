@@ -3,6 +3,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -131,7 +132,6 @@ def test_mutual_information():
 
 
 def test_binned_mutual_information():
-    numpy = pytest.importorskip("numpy")
     x = torch.randn(500, dtype=torch.float64)
     y = x.square() + 0.3 * torch.randn(500, dtype=torch.float64)
     for bins in (1, 7, 20):
