@@ -4,7 +4,8 @@
 #   make test          GoogleTest, a foreign CMake project, pytest and the doctests
 #   make test-ptx      the CUDA kernels without a GPU: the tests marked cuda on an interpreter of PTX (PTXRUN=directory)
 #   make kernels       writes docs/kernels.md: registers, machine code and memory traffic of the CUDA kernels, with limits
-#   make nightly       what takes too long for every commit: make mutants (ARGS=numbers), test-schedules and test-asan
+#   make nightly       what takes too long for every commit: make mutants (ARGS=numbers), test-schedules, test-asan and
+#                      test-ptx-modes, which is test-ptx in ten runs instead of four
 #   make bench         side-by-side tables (BENCH=gating, permute or losses for one of them; ARGS= is passed on)
 #   make format        ruff and clang-format;  make format-check only looks
 #   make clean         removes build/ and report/ (.venv stays)
@@ -13,8 +14,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-consumer test-python test-ptx kernels nightly mutants test-schedules test-asan \
-        bench format format-check clean prerequisites FORCE
+.PHONY: help demo test test-cpp test-consumer test-python test-ptx test-ptx-modes kernels nightly mutants \
+        test-schedules test-asan bench format format-check clean prerequisites FORCE
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -24,7 +25,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
-	@sed -n '/^#   make/s/^#   //p' Makefile
+	@sed -n '/^#   /s/^#   //p' Makefile
 
 # ---- what the machine must have ----------------------------------------------------------------------
 prerequisites:
@@ -103,24 +104,24 @@ test-consumer: .venv/equipoise.stamp
 
 test-python: .venv/equipoise.stamp
 	$(build_tests) --target equipoise_simt
-	$(bin)/python -m pytest --doctest-modules tests/python --pyargs equipoise $(ARGS) | tee build/pytest.log
+	$(bin)/python -m pytest -n $(JOBS) --doctest-modules tests/python --pyargs equipoise $(ARGS) | tee build/pytest.log
 
 # ---- the CUDA kernels without a GPU --------------------------------------------------------------------
 # PTXRUN is a directory with `run`, which starts a program on an interpreter of PTX in place of a GPU.
 PTXRUN ?= ../shared/ptxrun
-ptx_architectures := 80 90
+build_ptx = cmake --build build/cmake --target equipoise_ptx_80 equipoise_ptx_90
+if_cuda = $(bin)/python -c 'import sys; from equipoise import _build; sys.exit(not _build.cuda)' || \
+	  { echo "$@ did not run: the CUDA kernels are not compiled"; exit 0; }
 
+test-ptx: how_many := some
+test-ptx-modes: how_many := all
+test-ptx test-ptx-modes: .venv/equipoise.stamp
 ifeq ($(wildcard $(PTXRUN)/run),)
-test-ptx:
-	@echo "test-ptx did not run: no interpreter of PTX in $(PTXRUN) (PTXRUN= names its directory)"
+	@echo "$@ did not run: no interpreter of PTX in $(PTXRUN) (PTXRUN= names its directory)"
 else
-test-ptx: .venv/equipoise.stamp
-	@if $(bin)/python -c 'import sys; from equipoise import _build; sys.exit(not _build.cuda)'; then \
-	  cmake --build build/cmake --target $(ptx_architectures:%=equipoise_ptx_%); \
-	  tests/ptx.sh $(PTXRUN)/run $(bin)/python build $(ptx_architectures); \
-	else \
-	  echo "test-ptx did not run: the CUDA kernels are not compiled"; \
-	fi
+	@$(if_cuda); \
+	$(build_ptx); \
+	tests/ptx.sh $(PTXRUN)/run $(bin)/python build $(how_many)
 endif
 
 # ---- machine code and memory traffic of the CUDA kernels ------------------------------------------------
@@ -129,25 +130,21 @@ endif
 	@touch $@
 
 kernels: .venv/equipoise.stamp .venv/nvdisasm.stamp
-	@if ! $(bin)/python -c 'import sys; from equipoise import _build; sys.exit(not _build.cuda)'; then \
-	  echo "kernels did not run: the CUDA kernels are not compiled"; \
-	elif [ -e $(PTXRUN)/run ]; then \
-	  cmake --build build/cmake --target equipoise_ptx_80; \
-	  JOBS=$(JOBS) $(bin)/python tests/kernels/report.py build/cmake --interpreter $(PTXRUN)/run $(ARGS); \
-	else \
-	  echo "only the machine code: no interpreter of PTX in $(PTXRUN) (PTXRUN= names its directory)"; \
-	  JOBS=$(JOBS) $(bin)/python tests/kernels/report.py build/cmake; \
-	fi
+	@$(if_cuda); \
+	$(build_ptx); \
+	if [ -e $(PTXRUN)/run ]; then interpreter="--interpreter $(PTXRUN)/run"; \
+	else echo "only the machine code: no interpreter of PTX in $(PTXRUN) (PTXRUN= names its directory)"; fi; \
+	JOBS=$(JOBS) $(bin)/python tests/kernels/report.py build/cmake $$interpreter $(ARGS)
 
 # ---- nightly -------------------------------------------------------------------------------------------
-nightly: mutants test-schedules test-asan
+nightly: mutants test-schedules test-asan test-ptx-modes
 
 # Breaks the CUDA sources in one place at a time: the tests of the ops must notice each.
 mutants: .venv/equipoise.stamp
 	$(bin)/python tests/simt/mutants.py build/mutants $(ARGS) | tee build/mutants.log
 
 # The CUDA sources on the CPU under other random schedules, and with AddressSanitizer's eyes.
-simt_tests = $(bin)/python -m pytest -q -k simt tests/python
+simt_tests = $(bin)/python -m pytest -q -n $(JOBS) -k simt tests/python
 test-schedules: .venv/equipoise.stamp
 	$(build_tests) --target equipoise_simt
 	for seed in 2 3 4 5 6 7 8 9 10 11; do EQUIPOISE_SIMT_SEED=$$seed $(simt_tests); done

@@ -4,9 +4,8 @@
 // segments. All in a fixed order.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "../csrc/ops/balance_loss_arguments.h"
@@ -120,12 +119,11 @@ Losses<scalar_t> make_losses(const BalanceLossArguments& arguments) {
 
 void balance_loss_cuda(const BalanceLossArguments& arguments, const at::Tensor& total,
                        const at::Tensor& values) {
-  const c10::cuda::CUDAGuard guard(arguments.sums.device());
-  const auto options = arguments.sums.options();
+  const c10::DeviceGuard guard(arguments.sums.device());
   const int64_t segments = arguments.sums.size(0);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   // The values of the segments, and a ticket behind them.
-  const auto workspace = at::empty({segments * values.size(0) + 1}, options.dtype(at::kDouble));
+  const auto workspace = values.new_empty({segments * values.size(0) + 1}, at::kDouble);
   auto* segment_values = workspace.mutable_data_ptr<double>();
   auto* ticket = reinterpret_cast<unsigned*>(segment_values + segments * values.size(0));
   if (segments > 1) C10_CUDA_CHECK(cudaMemsetAsync(ticket, 0, sizeof(unsigned), stream));
@@ -140,7 +138,7 @@ void balance_loss_backward_cuda(const std::optional<at::Tensor>& grad_total,
                                 const std::optional<at::Tensor>& grad_values,
                                 const BalanceLossArguments& arguments, const at::Tensor& grad_sums,
                                 const at::Tensor& grad_gate_sums) {
-  const c10::cuda::CUDAGuard guard(arguments.sums.device());
+  const c10::DeviceGuard guard(arguments.sums.device());
   AT_DISPATCH_FLOATING_TYPES(arguments.sums.scalar_type(), "balance_loss_backward_cuda", [&] {
     launch(balance_loss_backward_kernel<scalar_t>, arguments.sums.size(0), kThreads, 0,
            c10::cuda::getCurrentCUDAStream(), make_losses<scalar_t>(arguments),

@@ -6,8 +6,8 @@
 // counts the token, which it knows from the slots before it. Counts are integers, so the order of
 // the atomics is free: a histogram in the shared memory of each block, added up in global memory.
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) dispatch_layout_kernel(const Layout 
 void dispatch_layout_cuda(const at::Tensor& topk_indices, const at::Tensor& num_tokens_per_rank,
                           const at::Tensor& num_tokens_per_expert,
                           const at::Tensor& is_token_in_rank) {
-  const c10::cuda::CUDAGuard guard(topk_indices.device());
+  const c10::DeviceGuard guard(topk_indices.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   for (const auto& result : {num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank}) {
     C10_CUDA_CHECK(cudaMemsetAsync(result.mutable_data_ptr(), 0, result.nbytes(), stream));

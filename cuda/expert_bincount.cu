@@ -8,9 +8,8 @@
 // the shape alone. Bad values are counted where they are met, by integer atomics too.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
@@ -171,8 +170,7 @@ void weigh(const Slots& slots, const at::Tensor& weights, const at::Tensor& sums
 
   constexpr int64_t kTicketsBytes = 16 * ceil_div(kTickets * sizeof(unsigned), 16);
   const int64_t sums_bytes = runs * slots.bins() * sizeof(compute_t);
-  const auto workspace =
-      at::empty({kTicketsBytes + sums_bytes}, weights.options().dtype(at::kByte));
+  const auto workspace = weights.new_empty({kTicketsBytes + sums_bytes}, at::kByte);
   auto* memory = workspace.mutable_data_ptr<uint8_t>();
   if (runs > 1) C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, kTicketsBytes, stream));
   launch(expert_bincount_weighted_kernel<scalar_t>, runs, kWarpSize, 0, stream, slots,
@@ -187,7 +185,7 @@ void expert_bincount_cuda(const at::Tensor& indices, const std::optional<at::Ten
                           const std::optional<at::Tensor>& token_mask,
                           const std::optional<at::Tensor>& segment_ids, const at::Tensor& counts,
                           const at::Tensor& num_invalid) {
-  const c10::cuda::CUDAGuard guard(indices.device());
+  const c10::DeviceGuard guard(indices.device());
   const auto slots = make_slots(indices, token_mask, segment_ids, counts);
   auto* const invalid =
       reinterpret_cast<unsigned long long*>(num_invalid.mutable_data_ptr<int64_t>());
@@ -203,7 +201,7 @@ void expert_bincount_backward_cuda(const at::Tensor& grad, const at::Tensor& ind
                                    const std::optional<at::Tensor>& segment_ids,
                                    const at::Tensor& grad_weights) {
   if (indices.numel() == 0) return;
-  const c10::cuda::CUDAGuard guard(indices.device());
+  const c10::DeviceGuard guard(indices.device());
   const auto slots = make_slots(indices, token_mask, segment_ids, grad);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, grad_weights.scalar_type(), "expert_bincount_backward_cuda", [&] {

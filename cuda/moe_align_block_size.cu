@@ -5,8 +5,8 @@
 // A thread takes a slot, which it writes to its place, and the place of the same number, which it
 // fills if it is padding: no two threads write the same place, so one kernel does both.
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) align_blocks_kernel(const Blocks b) 
 
 void align_blocks_cuda(const SlotSort& slots, const at::Tensor& sorted_token_ids,
                        const at::Tensor& expert_ids, const at::Tensor& num_tokens_post_padded) {
-  const c10::cuda::CUDAGuard guard(sorted_token_ids.device());
+  const c10::DeviceGuard guard(sorted_token_ids.device());
   Blocks b{};
   b.row_id_map = slots.row_id_map.const_data_ptr<int64_t>();
   b.expert_offsets = slots.expert_offsets.const_data_ptr<int64_t>();

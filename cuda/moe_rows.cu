@@ -3,9 +3,8 @@
 // moe_unpermute and both gradients are made of. Rows travel 16 bytes a thread.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <type_traits>
@@ -142,7 +141,7 @@ template <typename Fill>
 void fill_rows(const at::Tensor& rows, const Fill& fill) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t num_rows = rows.size(0);
-  const auto marks = at::empty({num_rows}, rows.options().dtype(at::kBool));
+  const auto marks = rows.new_empty({num_rows}, at::kBool);
   bool* filled = marks.mutable_data_ptr<bool>();
   if (num_rows > 0) C10_CUDA_CHECK(cudaMemsetAsync(filled, 0, num_rows, stream));
   fill(filled);
@@ -411,7 +410,7 @@ void gather_backward(const at::Tensor& grad, const std::optional<at::Tensor>& ro
 void moe_scatter_rows_cuda(const at::Tensor& x, const at::Tensor& row_id_map,
                            const std::optional<at::Tensor>& weights, const at::Tensor& rows) {
   if (rows.numel() == 0) return;
-  const c10::cuda::CUDAGuard guard(rows.device());
+  const c10::DeviceGuard guard(rows.device());
   if (!weights) return scatter_bytes(x, row_id_map, rows);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, rows.scalar_type(), "moe_scatter_rows_cuda", [&] {
@@ -422,7 +421,7 @@ void moe_scatter_rows_cuda(const at::Tensor& x, const at::Tensor& row_id_map,
 void moe_gather_rows_cuda(const at::Tensor& rows, const at::Tensor& row_id_map,
                           const std::optional<at::Tensor>& weights, const at::Tensor& out) {
   if (out.numel() == 0) return;
-  const c10::cuda::CUDAGuard guard(out.device());
+  const c10::DeviceGuard guard(out.device());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(),
                                   "moe_gather_rows_cuda",
                                   [&] { gather<scalar_t>(rows, row_id_map, weights, out); });
@@ -431,7 +430,7 @@ void moe_gather_rows_cuda(const at::Tensor& rows, const at::Tensor& row_id_map,
 void moe_gather_rows_backward_cuda(const at::Tensor& grad, const at::Tensor& rows,
                                    const at::Tensor& row_id_map, const at::Tensor& weights,
                                    const at::Tensor& grad_rows, const at::Tensor& grad_weights) {
-  const c10::cuda::CUDAGuard guard(grad.device());
+  const c10::DeviceGuard guard(grad.device());
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, grad.scalar_type(), "moe_gather_rows_backward_cuda",
       [&] { gather_backward<scalar_t>(grad, rows, row_id_map, weights, grad_rows, grad_weights); });

@@ -10,9 +10,8 @@
 // instead of the first, a block per expert then finds the smallest key that stays, digit by digit.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
@@ -281,17 +280,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launches ----------------------------------------------------------------------------------
 
-at::Tensor workspace_of(int64_t bytes, const at::Tensor& like) {
-  return at::empty({bytes}, like.options().dtype(at::kByte));
-}
-
 void sort_in_steps(const Sort& sort, const at::Tensor& like) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t counts = int64_t{sort.experts} * sort.pitch;
-  const int64_t bytes = (counts + 1) * sizeof(unsigned);
-  const auto workspace = workspace_of(bytes, like);
-  auto* memory = reinterpret_cast<unsigned*>(workspace.mutable_data_ptr<uint8_t>());
-  C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
+  const auto workspace = like.new_empty({counts + 1}, at::kUInt32);
+  auto* memory = workspace.mutable_data_ptr<uint32_t>();
+  C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, workspace.nbytes(), stream));
   C10_CUDA_CHECK(cudaMemsetAsync(sort.num_invalid, 0, sizeof *sort.num_invalid, stream));
   launch(slot_sort_count_kernel, sort.segments, kThreads, 0, stream, sort, memory);
   const int64_t blocks = std::min<int64_t>(ceil_div(sort.experts, kThreads / kWarpSize), 64);
@@ -327,7 +321,7 @@ void sort_pairs(Sort sort, const at::Tensor& like) {
 }  // namespace
 
 void slot_sort_cuda(const SlotSort& s) {
-  const c10::cuda::CUDAGuard guard(s.slots.device());
+  const c10::DeviceGuard guard(s.slots.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   constexpr int64_t kMaxPairs = std::numeric_limits<unsigned>::max();  // ranks are 32 bits wide
   TORCH_CHECK(s.slots.numel() <= kMaxPairs, s.op, ": topk_indices must have at most ", kMaxPairs,
@@ -352,8 +346,8 @@ void slot_sort_cuda(const SlotSort& s) {
   // Only an expert with more pairs than its capacity has to choose.
   at::Tensor workspace;
   if (s.drop_policy != DropPolicy::kPosition && s.layout.capacity < sort.pairs) {
-    workspace = workspace_of((sort.experts + 1 + sort.pairs) * sizeof(unsigned), s.slots);
-    sort.starts = reinterpret_cast<unsigned*>(workspace.mutable_data_ptr<uint8_t>());
+    workspace = s.slots.new_empty({sort.experts + 1 + sort.pairs}, at::kUInt32);
+    sort.starts = workspace.mutable_data_ptr<uint32_t>();
     sort.order = sort.starts + sort.experts + 1;
   }
   sort_pairs(sort, s.slots);

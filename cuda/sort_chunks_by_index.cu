@@ -7,9 +7,8 @@
 // Nothing is believed of the values: sizes are cut to [0, N], entries of the order that are out of
 // range or stand there twice move nothing, and a row that would leave the N rows is dropped.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "block.cuh"
@@ -90,10 +89,10 @@ __global__ void __launch_bounds__(kThreads) sort_chunks_map_kernel(const Chunks 
 void sort_chunks_map_cuda(const at::Tensor& split_sizes, const at::Tensor& order,
                           const at::Tensor& row_id_map) {
   if (row_id_map.numel() == 0) return;
-  const c10::cuda::CUDAGuard guard(row_id_map.device());
+  const c10::DeviceGuard guard(row_id_map.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t count = order.numel();
-  const auto workspace = at::empty({2 * count + 1 + ceil_div(count, 2)}, row_id_map.options());
+  const auto workspace = row_id_map.new_empty({2 * count + 1 + ceil_div(count, 2)});
   Chunks c{};
   c.split_sizes = split_sizes.const_data_ptr<int64_t>();
   c.order = order.const_data_ptr<int64_t>();

@@ -12,9 +12,8 @@
 // per segment that it meets (Passes). What else is optional stands behind kGeneral.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
@@ -891,8 +890,8 @@ void forward(const TopKGatingArguments& arguments, const TopKGatingOutputs& outp
       whole_sectors(blocks * f.segments * f.sums_width() * sizeof(compute_t));
   const int64_t groups_bytes =
       fits_team(f) || f.num_groups == 1 ? 0 : blocks * 2 * f.num_groups * sizeof(compute_t);
-  const auto workspace = at::empty({zero_bytes + sums_bytes + groups_bytes},
-                                   arguments.logits.options().dtype(at::kByte));
+  const auto workspace =
+      arguments.logits.new_empty({zero_bytes + sums_bytes + groups_bytes}, at::kByte);
   auto* memory = workspace.mutable_data_ptr<uint8_t>();
   f.tickets = reinterpret_cast<unsigned*>(memory);
   f.counts = reinterpret_cast<unsigned long long*>(memory + tickets_bytes);
@@ -934,7 +933,7 @@ void forward(const TopKGatingArguments& arguments, const TopKGatingOutputs& outp
 }  // namespace
 
 void topk_gating_cuda(const TopKGatingArguments& arguments, const TopKGatingOutputs& outputs) {
-  const c10::cuda::CUDAGuard guard(arguments.logits.device());
+  const c10::DeviceGuard guard(arguments.logits.device());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, arguments.logits.scalar_type(),
                                   "topk_gating_cuda",
                                   [&] { forward<scalar_t>(arguments, outputs); });

@@ -11,8 +11,8 @@
 // which is 1 but for that. Threads as in topk_gating.cu: a team of lanes per row, else a block.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
@@ -436,7 +436,7 @@ void backward(const TopKGatingBackwardArguments& arguments, const at::Tensor& gr
 void topk_gating_backward_cuda(const TopKGatingBackwardArguments& arguments,
                                const at::Tensor& grad_logits) {
   if (grad_logits.numel() == 0) return;
-  const c10::cuda::CUDAGuard guard(grad_logits.device());
+  const c10::DeviceGuard guard(grad_logits.device());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad_logits.scalar_type(),
                                   "topk_gating_backward_cuda",
                                   [&] { backward<scalar_t>(arguments, grad_logits); });

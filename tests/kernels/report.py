@@ -127,7 +127,8 @@ def machine_code_text(kernels: list[Kernel], nvcc: str) -> str:
     hot = [k for k in hot if "single values" not in group(k)]
     return f"""## Machine code
 
-From {nvcc}. Registers of a thread on each architecture, the most that is accepted, bytes of static
+From {nvcc}, that of sm_100 and sm_120 from the PTX for 9.0, as a driver would compile what a wheel
+holds. Registers of a thread on each architecture, the most that is accepted, bytes of static
 shared memory, bytes spilled, bytes of local memory (what is spilled and arrays that are indexed),
 and bits of the widest load from and store to global memory. A row is the worst of all instances of
 a kernel, in the last five columns of all architectures too.
@@ -193,7 +194,7 @@ def main() -> int:
     if options.interpreter:
         nvcc = compiler(options.build)
         library = options.build / "ptx_80/libequipoise.so"
-        ptx_log = options.build.parent / "ptx/launches"
+        ptx_log = options.build.parent / "ptx/80/launches"
         text = "# Kernels\n\nWritten by `make kernels`, which checks the limits named here.\n\n"
         text += machine_code_text(kernels, nvcc)
         text += traffic_text(Interpreter(options.interpreter, library), ptx_log, faults)
