@@ -16,6 +16,7 @@
 #include "ops/dispatch_layout.h"
 #include "ops/expert_bincount.h"
 #include "ops/expert_choice.h"
+#include "ops/load_metrics.h"
 #include "ops/moe_align_block_size.h"
 #include "ops/moe_permute.h"
 #include "ops/moe_unpermute.h"

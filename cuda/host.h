@@ -70,6 +70,10 @@ void dispatch_layout_cuda(const at::Tensor& topk_indices, const at::Tensor& num_
                           const at::Tensor& num_tokens_per_expert,
                           const at::Tensor& is_token_in_rank);
 
+/// tokens_per_expert [..., E] int64 contiguous and not empty -> metrics [13, ...] float64.
+void load_metrics_cuda(const at::Tensor& tokens_per_expert, bool unbiased,
+                       const at::Tensor& metrics);
+
 /// values [L] and total []; at most 32 losses.
 void balance_loss_cuda(const BalanceLossArguments& arguments, const at::Tensor& total,
                        const at::Tensor& values);

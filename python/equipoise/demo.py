@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import metrics, nn, report
-from .report import METHODS, WINDOW, Corpus, Run
+from . import demo_report, metrics, nn
+from .demo_report import METHODS, WINDOW, Corpus, Run
 
 HELD_OUT_TOKENS = 65536
 
@@ -310,12 +310,12 @@ def main(argv: list[str] | None = None) -> int:
 
     title = "On the held-out files, means over the layers"
     table = Table(title=title, title_justify="left", box=SIMPLE)
-    for i, heading in enumerate(report.COLUMNS):
+    for i, heading in enumerate(demo_report.COLUMNS):
         table.add_column(heading, justify="right" if i else "left", no_wrap=i == 0)
-    for row in report.rows(runs):
+    for row in demo_report.rows(runs):
         table.add_row(*row)
     console.print(table)
-    page = report.write(args.out, runs, corpus, args)
+    page = demo_report.write(args.out, runs, corpus, args)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     return 0
 

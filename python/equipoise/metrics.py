@@ -20,12 +20,33 @@ import math
 import torch
 from torch import Tensor
 
+from . import ops
+
+#: The names of `load_metrics`, in the order of the op's rows.
+LOAD_METRICS = (
+    "cv",
+    "imbalance_ratio",
+    "max_vio",
+    "max_vio_tokens",
+    "min_vio",
+    "gini",
+    "entropy",
+    "perplexity",
+    "kl_to_uniform",
+    "expert_utilization_rate",
+    "expert_usage_rate",
+    "dead_experts",
+    "top1_share",
+)
+
 
 def load_metrics(tokens_per_expert: Tensor, unbiased: bool = False) -> dict[str, Tensor]:
     """Load figures of one layer, or of several layers side by side (never of their sum).
 
+    One kernel for all of them and all layers.
+
     Args:
-        tokens_per_expert: [E] or [..., E] counts, int64 as `topk_gating` gives them (or floating).
+        tokens_per_expert: [E] or [..., E] counts >= 0, int64 as `topk_gating` gives them.
         unbiased: divide the variance in `cv` by E - 1 instead of E.
 
     Returns:
@@ -35,13 +56,15 @@ def load_metrics(tokens_per_expert: Tensor, unbiased: bool = False) -> dict[str,
         - `gini`, `entropy`, `perplexity`, `kl_to_uniform`
         - `expert_utilization_rate`: share of the experts with at least 10 % of a fair share
         - `expert_usage_rate`: share of the experts with any token
-        - `dead_experts`: experts without a token (int64)
+        - `dead_experts`: experts without a token
         - `top1_share`: share of the fullest expert
 
         Without a single token there is no load to speak of, and the ratios are NaN.
 
     Raises:
-        ValueError: no experts dimension, or an empty one.
+        RuntimeError: counts that are not int64; no experts dimension, or an empty one; on the CPU
+            a negative count. On CUDA, where that cannot be known without waiting, all figures of
+            its layer are NaN.
 
     Example:
         >>> counts = torch.tensor([1, 2, 261, 266, 6, 253, 229, 6])
@@ -63,29 +86,8 @@ def load_metrics(tokens_per_expert: Tensor, unbiased: bool = False) -> dict[str,
         >>> print(f"{load_metrics(counts, unbiased=True)['cv']:.3f}")
         1.041
     """
-    _check_last("load_metrics", "tokens_per_expert", tokens_per_expert)
-    num_experts = tokens_per_expert.shape[-1]
-    counts = tokens_per_expert.to(torch.float64)
-    total = counts.sum(-1)
-    mean = total / num_experts
-    largest, smallest = counts.amax(-1), counts.amin(-1)
-    used = (10 * num_experts * counts >= total.unsqueeze(-1)) & (counts > 0)
-    nats = entropy(counts / total.unsqueeze(-1), base=math.e)
-    return {
-        "cv": counts.std(-1, correction=1 if unbiased else 0) / mean,
-        "imbalance_ratio": largest / mean,
-        "max_vio": (largest - mean) / mean,
-        "max_vio_tokens": largest - mean,
-        "min_vio": (mean - smallest) / mean,
-        "gini": gini(counts),
-        "entropy": nats,
-        "perplexity": nats.exp(),
-        "kl_to_uniform": math.log(num_experts) - nats,
-        "expert_utilization_rate": used.double().mean(-1),
-        "expert_usage_rate": (counts > 0).double().mean(-1),
-        "dead_experts": (counts == 0).sum(-1),
-        "top1_share": largest / total,
-    }
+    rows = ops.load_metrics(tokens_per_expert, unbiased)
+    return dict(zip(LOAD_METRICS, rows.unbind(), strict=True))
 
 
 def gini(x: Tensor) -> Tensor:

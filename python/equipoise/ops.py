@@ -24,6 +24,7 @@ expert_choice = _OPS.expert_choice.default
 hierarchical_loss = _OPS.hierarchical_loss.default
 infonce = _OPS.infonce.default
 load_loss = _OPS.load_loss.default
+load_metrics = _OPS.load_metrics.default
 mine = _OPS.mine.default
 mixture_nll = _OPS.mixture_nll.default
 moe_align_block_size = _OPS.moe_align_block_size.default
@@ -49,6 +50,7 @@ __all__ = [
     "hierarchical_loss",
     "infonce",
     "load_loss",
+    "load_metrics",
     "mine",
     "mixture_nll",
     "moe_align_block_size",

@@ -17,6 +17,7 @@ __all__ = [
     "dispatch_layout",
     "expert_bincount",
     "expert_choice",
+    "load_metrics",
     "moe_align_block_size",
     "moe_permute",
     "moe_unpermute",
@@ -362,6 +363,35 @@ def moe_align_block_size(
     ids += [padding] * (blocks * block_size - size)
     experts += [-1] * (blocks - len(experts))
     return tuple(slots.new_tensor(v, dtype=torch.int32) for v in (ids, experts, [size]))
+
+
+def load_metrics(tokens_per_expert: Tensor, unbiased: bool = False) -> Tensor:
+    """[13, ...] float64, in the order of ``metrics.LOAD_METRICS``."""
+    experts = tokens_per_expert.shape[-1]
+    counts = tokens_per_expert.to(torch.float64)
+    total = counts.sum(-1)
+    mean = total / experts
+    largest, smallest = counts.amax(-1), counts.amin(-1)
+    entropy = torch.special.entr(counts / total.unsqueeze(-1)).sum(-1)
+    rank = torch.arange(1, experts + 1, dtype=torch.float64, device=counts.device)
+    used = (10 * experts * counts >= total.unsqueeze(-1)) & (counts > 0)
+    return torch.stack(
+        [
+            counts.std(-1, correction=1 if unbiased else 0) / mean,
+            largest / mean,
+            (largest - mean) / mean,
+            largest - mean,
+            (mean - smallest) / mean,
+            ((2 * rank - experts - 1) * counts.sort(-1).values).sum(-1) / (experts * total),
+            entropy,
+            entropy.exp(),
+            math.log(experts) - entropy,
+            used.double().mean(-1),
+            (counts > 0).double().mean(-1),
+            (counts == 0).double().sum(-1),
+            largest / total,
+        ]
+    )
 
 
 def dispatch_layout(

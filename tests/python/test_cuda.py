@@ -588,6 +588,19 @@ def test_layout_of_dispatch():
     assert layout.num_tokens_per_expert.tolist() == [1, 0, 0, 1]
 
 
+# ---- load_metrics --------------------------------------------------------------------------------
+
+
+def test_load_metrics():
+    for experts in (1, 2, 7, 64, 300, 6100):  # the last do not fit in shared memory
+        counts = torch.randint(0, 1000, (3, experts))
+        counts[1, experts // 2 + 1 :] = 0
+        for unbiased in (False, experts > 1):
+            check(lambda c, unbiased=unbiased: ops.load_metrics(c, unbiased), counts)
+    got = ops.load_metrics(torch.tensor([[5, -3], [0, 0], [1, 2]]).cuda(), False).cpu()
+    assert got[:, 0].isnan().all() and got[0].isnan().tolist() == [True, True, False]
+
+
 # ---- balance_loss --------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from equipoise import demo, report
+from equipoise import demo, demo_report
 
 TINY = [
     *("--steps", "12", "--batch-size", "4", "--seq-len", "8", "--layers", "2", "--d-model", "8"),
@@ -56,7 +56,7 @@ def test_end_to_end(tmp_path):
 def test_same_seed_same_numbers(tmp_path):
     args = demo.parse_arguments([*TINY, "--steps", "5", "--out", str(tmp_path / "report")])
     corpus = demo.load_corpus()
-    for method in report.METHODS:
+    for method in demo_report.METHODS:
         first, second = demo.train(method, args, corpus), demo.train(method, args, corpus)
         assert torch.equal(first.loss, second.loss)
         assert first.held_out_loss == second.held_out_loss

@@ -283,6 +283,20 @@ MUTANTS = [
         "dispatch_layout",
     ),
     Mutant(
+        "dropped barrier: a row of counts is read before it is copied",
+        "load_metrics.cu",
+        "copy[e] = row[e];\n    __syncthreads();\n",
+        "copy[e] = row[e];\n",
+        "load_metrics",
+    ),
+    Mutant(
+        "the Gini coefficient leaves out the last expert",
+        "load_metrics.cu",
+        "other < experts; ++other",
+        "other < experts - 1; ++other",
+        "load_metrics",
+    ),
+    Mutant(
         "off by one: the first row of a chunk moves with the chunk before it",
         "sort_chunks_by_index.cu",
         "c.begins[middle] <= row",

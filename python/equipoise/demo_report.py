@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's report folder: plots as PNG, figures as JSON, and one page that shows them.
 
-Plots are drawn so that they read in black and white: lines differ in dash and marker, the heat map
-runs from white (no token) to black. The page needs nothing but the files beside it.
+The page needs nothing but the files beside it.
 """
 
 import argparse
@@ -12,23 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from . import metrics
+from . import figures, metrics
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 METHODS = {"none": "no balancing", "switch": "Switch loss", "loss_free": "loss-free bias"}
 WINDOW = 20  # steps behind one point of a load curve, and behind the MaxVio shown live
 COLUMNS = ["run", "bits/byte", "CV", "MaxVio", "perplexity\nof usage", "dead\nexperts", "seconds"]
-_LINES = {
-    "none": {"color": "#c1272d", "linestyle": "-", "marker": "o"},
-    "switch": {"color": "#0072b2", "linestyle": "--", "marker": "s"},
-    "loss_free": {"color": "#202020", "linestyle": ":", "marker": "^"},
-}
 
 
 @dataclass
@@ -102,12 +94,13 @@ def rows(runs: list[Run]) -> list[list[str]]:
 
 def write(out: Path, runs: list[Run], corpus: Corpus, args: argparse.Namespace) -> Path:
     """Writes the report into the folder `out` and returns the path of its page."""
-    figures = {
-        "heatmap.png": _plot_heatmap(runs),
-        "load.png": _plot_load(runs),
+    counts = {run.label: run.tokens_per_expert for run in runs}
+    plots = {
+        "heatmap.png": figures.load_heatmap(counts),
+        "load.png": figures.load_curves(counts, width=_curve_width(runs)),
         "loss.png": _plot_loss(runs),
     }
-    for name, figure in figures.items():
+    for name, figure in plots.items():
         figure.savefig(out / name, dpi=130)
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     settings["corpus_sha256"] = corpus.sha256
@@ -118,91 +111,25 @@ def write(out: Path, runs: list[Run], corpus: Corpus, args: argparse.Namespace) 
     return page
 
 
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure  # here, so that the demo can say what is not installed
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _windows(run: Run, width: int) -> tuple[Tensor, Tensor]:
-    """The last step of each window of `width` steps, and the counts [windows, L, E] in it."""
-    steps = run.tokens_per_expert.shape[0]
-    parts = run.tokens_per_expert.split(width)
-    ends = torch.tensor([min((i + 1) * width, steps) for i in range(len(parts))])
-    return ends, torch.stack([part.sum(0) for part in parts])
-
-
-def _plot_heatmap(runs: list[Run]) -> "Figure":
-    steps, layers, experts = runs[0].tokens_per_expert.shape
-    figure = _figure(4 * len(runs), 0.9 + 2.6 * layers)
-    figure.get_layout_engine().set(wspace=0.05)
-    axes = figure.subplots(layers, len(runs), sharex=True, sharey=True, squeeze=False)
-    width = max(1, steps // 100)
-    for column, run in enumerate(runs):
-        counts = _windows(run, width)[1].double()
-        load = counts * experts / counts.sum(-1, keepdim=True)  # 1 = a fair share
-        for layer in range(layers):
-            order = load[-10:, layer].sum(0).argsort(descending=True)
-            ax = axes[layer, column]
-            image = ax.imshow(
-                load[:, layer, order].T,
-                aspect="auto",
-                cmap="gray_r",
-                vmin=0,
-                vmax=4,
-                interpolation="nearest",
-                extent=(0, steps, experts, 0),
-            )
-            if layer == 0:
-                ax.set_title(run.label)
-            if column == 0:
-                ax.set_ylabel(f"layer {layer + 1}: experts,\nby their last load")
-            if layer == layers - 1:
-                ax.set_xlabel("optimizer step")
-    bar = figure.colorbar(image, ax=axes, extend="max", aspect=30, pad=0.01)
-    bar.set_label("load (1 = a fair share, white = no token)")
-    return figure
-
-
-def _plot_load(runs: list[Run]) -> "Figure":
-    figure = _figure(10, 3.8)
-    width = _curve_width(runs)
-    panels = {
-        "max_vio": "MaxVio (fullest expert above a fair share)",
-        "cv": "CV (standard deviation / mean)",
-    }
-    for ax, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for run in runs:
-            steps, counts = _windows(run, width)
-            values = metrics.load_metrics(counts)[name].mean(-1)
-            ax.plot(steps, values, label=run.label, **_line(run, len(steps)))
-        ax.set_title(title, fontsize="medium")
-        ax.set_ylim(bottom=0)
-        ax.set_xlabel("optimizer step")
-        ax.set_ylabel(f"mean of the layers, over {width} steps")
-        _tidy(ax)
-    return figure
-
-
 def _plot_loss(runs: list[Run]) -> "Figure":
-    figure = _figure(10, 3.8)
+    figure = figures.new_figure(10, 3.8)
     ax, held_out = figure.subplots(1, 2, width_ratios=[3, 1])
     width = _curve_width(runs)
-    for run in runs:
-        steps, _ = _windows(run, width)
+    for number, run in enumerate(runs):
         values = [part.mean().item() for part in run.loss.split(width)]
-        ax.plot(steps, values, label=run.label, **_line(run, len(steps)))
+        ends = [min((i + 1) * width, len(run.loss)) for i in range(len(values))]
+        ax.plot(ends, values, label=run.label, **figures.line_style(number, len(ends)))
     ax.set_title("training", fontsize="medium")
     ax.set_xlabel("optimizer step")
     ax.set_ylabel(f"loss (bits per byte, mean of {width} steps)")
-    _tidy(ax)
+    figures.tidy(ax)
     if len(values) > 6:  # leave out the steep start, where the runs do not differ
         ax.set_ylim(0.97 * min(values), 1.03 * values[len(values) // 6])
 
     values = [run.held_out_loss for run in runs]
-    for position, (run, value) in enumerate(zip(runs, values, strict=True)):
-        style = _LINES[run.method]
-        held_out.plot(position, value, color=style["color"], marker=style["marker"], markersize=9)
+    for position, value in enumerate(values):
+        style = {**figures.line_style(position, 1), "markersize": 9}
+        held_out.plot(position, value, **style)
         held_out.annotate(
             f"{value:.3f}", (position, value), (0, 9), textcoords="offset points", ha="center"
         )
@@ -219,16 +146,6 @@ def _plot_loss(runs: list[Run]) -> "Figure":
 def _curve_width(runs: list[Run]) -> int:
     """Steps behind one point of a curve: fewer in a short run, which else had no curve."""
     return max(1, min(WINDOW, len(runs[0].loss) // 20))
-
-
-def _line(run: Run, points: int) -> dict:
-    return {**_LINES[run.method], "linewidth": 1.6, "markersize": 5, "markevery": points // 8 or 1}
-
-
-def _tidy(ax: "Axes") -> None:
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
 
 
 def _page(runs: list[Run], settings: dict[str, object]) -> str:
