@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from . import figures, metrics
+from . import figures, metrics, report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,18 +152,12 @@ def _page(runs: list[Run], settings: dict[str, object]) -> str:
     layers, experts = runs[0].held_out_tokens_per_expert.shape
     summary = {run.method: run.summary for run in runs}
     worst = summary["none"]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n"
-        for row in rows(runs)
-    )
     options = "".join(
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>\n"
         for name, value in settings.items()
     )
-    return _TEMPLATE.format(
-        head=head,
-        body=body,
+    body = _BODY.format(
+        table=report.table(COLUMNS, rows(runs)),
         options=options,
         layers=layers,
         experts=experts,
@@ -174,39 +168,15 @@ def _page(runs: list[Run], settings: dict[str, object]) -> str:
         switch=summary["switch"]["perplexity"],
         loss_free=summary["loss_free"]["perplexity"],
     )
+    return report.page(f"Three ways to load {experts} experts", body)
 
 
-_TEMPLATE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>equipoise: three ways to load experts</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem; color: #1a1a1a; background: #fff; }}
-img {{ max-width: 100%; height: auto; }}
-table {{ border-collapse: collapse; }}
-th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #ccc; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }}
-figure {{ margin: 2rem 0; }}
-figcaption {{ color: #444; }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; }}
-dd {{ margin: 0; overflow-wrap: anywhere; font-family: monospace; }}
-</style>
-</head>
-<body>
-<h1>Three ways to load {experts} experts</h1>
-<p>The same byte-level transformer ({layers} MoE layers), from the same start, on the same batches
+_BODY = """<p>The same byte-level transformer ({layers} MoE layers), from the same start, on the same batches
 of Python's standard library source. Without balancing, {dead} of {all_experts} experts get no token
 of the held-out files, the fullest of a layer gets {fullest:.1f} times its fair share, and a layer
 works as if it had {in_effect:.1f} experts. With the Switch loss it is {switch:.1f}, with the
 loss-free bias {loss_free:.1f}.</p>
-<table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{body}</tbody>
-</table>
+{table}
 <p>All on held-out files. CV, MaxVio and usage perplexity are means over the layers: CV is the
 standard deviation of the tokens per expert over their mean, MaxVio how far the fullest expert is
 above the mean, usage perplexity the number of experts in effect. Seconds are of training.</p>
@@ -228,6 +198,4 @@ moves them by a few hundredths of a bit.</figcaption>
 <h2>Settings</h2>
 <dl>
 {options}</dl>
-</body>
-</html>
 """

@@ -73,7 +73,10 @@ def in_windows(tokens_per_expert: Tensor, steps: Tensor, width: int) -> tuple[Te
 
 
 def load_heatmap(
-    runs: Mapping[str, Tensor], steps: Tensor | None = None, columns: int = 100
+    runs: Mapping[str, Tensor],
+    steps: Tensor | None = None,
+    columns: int = 100,
+    layers: Sequence[int] | None = None,
 ) -> "Figure":
     """Load of every expert over the steps: a row of panels per layer, a column per run.
 
@@ -83,21 +86,23 @@ def load_heatmap(
         runs: label -> [S, L, E] counts, equally large.
         steps: [S] their numbers, from 1 on if not given.
         columns: about so many moments are told apart.
+        layers: [L] their numbers, from 0 on if not given.
     """
-    count, layers, experts = _history(runs)
+    count, num_layers, experts = _history(runs)
+    layers = range(num_layers) if layers is None else layers
     steps = torch.arange(1, count + 1) if steps is None else steps
-    figure = new_figure(max(6, 4 * len(runs)), 0.9 + 2.6 * layers)
+    figure = new_figure(max(6, 4 * len(runs)), 0.9 + 2.6 * num_layers)
     figure.get_layout_engine().set(wspace=0.05)
-    axes = figure.subplots(layers, len(runs), sharex=True, sharey=True, squeeze=False)
+    axes = figure.subplots(num_layers, len(runs), sharex=True, sharey=True, squeeze=False)
     first, last = steps[0].item() - 1, steps[-1].item()
     for column, (label, counts) in enumerate(runs.items()):
         counts = in_windows(counts, steps, max(1, count // columns))[1].double()
         load = counts * experts / counts.sum(-1, keepdim=True)  # 1 = a fair share
-        for layer in range(layers):
-            order = load[-10:, layer].nansum(0).argsort(descending=True)
-            ax = axes[layer, column]
+        for row, layer in enumerate(layers):
+            order = load[-10:, row].nansum(0).argsort(descending=True)
+            ax = axes[row, column]
             image = ax.imshow(
-                load[:, layer, order].T.numpy(),
+                load[:, row, order].T.numpy(),
                 aspect="auto",
                 cmap="gray_r",
                 vmin=0,
@@ -105,11 +110,11 @@ def load_heatmap(
                 interpolation="nearest",
                 extent=(first, last, experts, 0),
             )
-            if layer == 0:
+            if row == 0:
                 ax.set_title(label)
             if column == 0:
-                ax.set_ylabel(f"layer {layer + 1}: experts,\nby their last load")
-            if layer == layers - 1:
+                ax.set_ylabel(f"layer {layer}: experts,\nby their last load")
+            if row == num_layers - 1:
                 ax.set_xlabel("step")
     bar = figure.colorbar(image, ax=axes, extend="max", aspect=30, pad=0.01)
     bar.set_label("load (1 = a fair share, white = no token)")
