@@ -11,8 +11,9 @@ With counts C_e, mean m and shares f_e = C_e / sum C:
 MaxVio is Wang 2024's (arXiv:2408.15664): relative, not in tokens.
 
 Beside it stands what these are made of, for any distribution: entropy, divergence, mutual
-information. `entropy` is in bits unless told otherwise, everything else in nats. Results are
-float64; nothing waits for the device.
+information. `entropy` is in bits unless told otherwise, everything else in nats. What the
+probabilities of the router say is in `router_metrics`, which experts go together in `co_activation`
+and `expert_similarity`. Results are float64 unless said otherwise; nothing waits for the device.
 """
 
 import math
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .functional.routing import _SUMS_TAIL
 
 #: The names of `load_metrics`, in the order of the op's rows.
 LOAD_METRICS = (
@@ -293,6 +295,237 @@ def expert_specialization_strength(
     of_label = entropy(joint.sum(1))
     known = of_label + entropy(joint.sum(0)) - entropy(joint.flatten())
     return known.clamp_min(0) / of_label
+
+
+def router_metrics(sums: Tensor) -> dict[str, Tensor]:
+    """What the probabilities of the router say, of one layer or of several side by side.
+
+    Those named `_loss` are the unscaled values of `equipoise.functional`. `switch_loss` divides the
+    loads by their sum, which is `K W` where every token has found K experts.
+
+    Args:
+        sums: [..., 2 E + 5] as in `RoutingResult.sums`.
+
+    Returns:
+        Float64 tensors of shape [...]; NaN where there was no token:
+
+        - `switch_loss`: `E sum(f P)`, 1 at balance; `z_loss`: mean of lse^2
+        - `uniform_kl_loss`, `entropy_loss`, `variance_loss`: of P, 0 at balance
+        - `mutual_information_loss`: `mean(H_t) - H(P)`, from 0 down to -log E
+        - `token_entropy`: mean of `H_t`, nats
+        - `expert_specialization_strength`: `1 - token_entropy / log E`
+        - `num_nan_rows`: tokens with a NaN logit (a number, not a mean)
+
+    Raises:
+        ValueError: the last dimension is not 2 E + 5.
+
+    Example:
+        >>> import equipoise.functional as F
+        >>> r = F.topk_gating(torch.tensor([[2.0, 0.0], [1.0, 0.0]]), top_k=1)
+        >>> for name, value in router_metrics(r.sums).items():
+        ...     print(f"{name:<31}{value:6.3f}")
+        switch_loss                     1.612
+        z_loss                          3.124
+        uniform_kl_loss                 0.234
+        entropy_loss                    0.201
+        variance_loss                   0.187
+        mutual_information_loss        -0.018
+        token_entropy                   0.474
+        expert_specialization_strength  0.316
+        num_nan_rows                    0.000
+    """
+    width = sums.shape[-1] - _SUMS_TAIL if sums.dim() else 0
+    if width < 2 or width % 2:
+        raise ValueError(
+            f"router_metrics: sums must have shape [..., 2 E + {_SUMS_TAIL}] with E >= 1, "
+            f"got {list(sums.shape)}"
+        )
+    num_experts = width // 2
+    sums = sums.detach().to(torch.float64)
+    prob_sum, load, tail = sums.split([num_experts, num_experts, _SUMS_TAIL], dim=-1)
+    num_tokens = tail[..., 0]
+    p = prob_sum / num_tokens.unsqueeze(-1)
+    of_tokens = tail[..., 2] / num_tokens
+    of_mean = entropy(p, base=math.e)
+    uniform = torch.full_like(p, 1 / num_experts)
+    return {
+        "switch_loss": switch_value(load, prob_sum),
+        "z_loss": tail[..., 1] / num_tokens,
+        # The clamp of the op, without which one absent expert makes the figure infinite.
+        "uniform_kl_loss": kl_divergence(uniform, p.clamp_min(torch.finfo(torch.float32).tiny)),
+        "entropy_loss": math.log(num_experts) - of_mean,
+        "variance_loss": p.var(-1, correction=min(1, num_experts - 1)),
+        "mutual_information_loss": of_tokens - of_mean,
+        "token_entropy": of_tokens,
+        "expert_specialization_strength": (
+            expert_specialization_strength(token_entropy=of_tokens, num_experts=num_experts)
+            if num_experts > 1
+            else torch.full_like(of_tokens, math.nan)
+        ),
+        "num_nan_rows": tail[..., 3],
+    }
+
+
+def switch_value(load: Tensor, prob_sum: Tensor) -> Tensor:
+    """The Switch loss of given loads and sums of probabilities: `E sum(f P)`, both made shares.
+
+    With the load twice it is what the loss would be if the probabilities followed the load:
+    `1 + cv^2`, the most that the loss can see of it.
+
+    Args:
+        load: [..., E] counts or weights >= 0.
+        prob_sum: [..., E] sums of p.
+
+    Returns:
+        [...] float64; NaN without a token.
+
+    Raises:
+        ValueError: no last dimension, or an empty one.
+
+    Example:
+        >>> counts = torch.tensor([1, 2, 261, 266, 6, 253, 229, 6])
+        >>> round(switch_value(counts, counts).item(), 3)
+        1.949
+    """
+    _check_last("switch_value", "load", load)
+    f, p = (
+        x.to(torch.float64) / x.to(torch.float64).sum(-1, keepdim=True) for x in (load, prob_sum)
+    )
+    return load.shape[-1] * (f * p).sum(-1)
+
+
+def co_activation(topk_indices: Tensor, num_experts: int) -> Tensor:
+    """How many tokens went to both of two experts.
+
+    Args:
+        topk_indices: [..., K] int64 in [-1, E), an expert at most once in a row; -1 is skipped.
+        num_experts: E.
+
+    Returns:
+        [E, E] int64, symmetric; the diagonal is `tokens_per_expert`.
+
+    Raises:
+        ValueError: no K dimension, `num_experts` below 1; on the CPU an index outside [-1, E). (On
+            CUDA, where it cannot raise, such an index is skipped.)
+
+    Example:
+        >>> co_activation(torch.tensor([[0, 1], [0, 2], [1, 0], [2, -1]]), 3).tolist()
+        [[3, 2, 1], [2, 2, 0], [1, 0, 2]]
+    """
+    experts = _slots("co_activation", topk_indices, num_experts)
+    pairs = torch.zeros(num_experts * num_experts + 1, dtype=torch.int64, device=experts.device)
+    for first in experts.unbind(-1):  # K passes over [T, K], and never a [T, E]
+        first = first.unsqueeze(-1)
+        both = (first < num_experts) & (experts < num_experts)
+        place = torch.where(both, first * num_experts + experts, num_experts * num_experts)
+        pairs.scatter_add_(0, place.flatten(), torch.ones_like(place.flatten()))
+    return pairs[:-1].view(num_experts, num_experts)
+
+
+def expert_similarity(
+    x: Tensor, topk_indices: Tensor | None = None, num_experts: int | None = None
+) -> Tensor:
+    """The cosine between every two experts' mean inputs, or between given vectors of the experts.
+
+    Args:
+        x: [..., H] the inputs of the tokens, with `topk_indices`; or [E, ...], one output, weight
+            or other vector for each expert.
+        topk_indices: [..., K] int64 in [-1, E), which experts each token went to.
+        num_experts: E, with `topk_indices`.
+
+    Returns:
+        [E, E] float64 in [-1, 1], symmetric; NaN in the rows and columns of experts without a
+        token or with a zero vector.
+
+    Raises:
+        ValueError: shapes that do not fit; `num_experts` without `topk_indices` or the other way
+            round; on the CPU an index outside [-1, E).
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]])
+        >>> experts = torch.tensor([[0], [1], [1]])
+        >>> expert_similarity(x, experts, num_experts=2)[0, 1].item()  # (1, 0) and (1.5, 1)
+        0.83205...
+    """
+    name = "expert_similarity"
+    if (topk_indices is None) != (num_experts is None):
+        raise ValueError(f"{name}: topk_indices and num_experts are given together or not at all")
+    if topk_indices is None:
+        if x.dim() < 2 or x.shape[0] == 0:
+            raise ValueError(f"{name}: x must have shape [E, ...] with E >= 1, got {list(x.shape)}")
+        vectors = x.detach().flatten(1).to(torch.float64)
+    else:
+        experts = _slots(name, topk_indices, num_experts)
+        x = x.detach()
+        if x.dim() < 1 or x.shape[:-1] != topk_indices.shape[:-1]:
+            raise ValueError(
+                f"{name}: x must have shape [..., H] with the leading dimensions of topk_indices, "
+                f"{list(topk_indices.shape[:-1])}, got {list(x.shape)}"
+            )
+        x = x.reshape(-1, x.shape[-1])
+        x = x if x.dtype == torch.float64 else x.to(torch.float32)
+        chosen = x.new_zeros(x.shape[0], num_experts + 1).scatter_(1, experts, 1)[:, :-1]
+        vectors = (chosen.T @ x).to(torch.float64)  # sums: a cosine does not mind the number
+    length = vectors.norm(dim=1, keepdim=True)
+    unit = vectors / torch.where(length > 0, length, math.nan)
+    return (unit @ unit.T).clamp(-1, 1)
+
+
+def expert_similarity_mean(
+    x: Tensor, topk_indices: Tensor | None = None, num_experts: int | None = None
+) -> Tensor:
+    """The mean of `expert_similarity` over all pairs of different experts: 1 for one and the same.
+
+    Takes the arguments of `expert_similarity`, and raises as it does. Pairs with an expert that has
+    no vector are left out.
+
+    Returns:
+        [] float64; NaN without a pair.
+
+    Example:
+        >>> expert_similarity_mean(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 3.0]])).item()
+        0.333...
+    """
+    similarity = expert_similarity(x, topk_indices, num_experts)
+    itself = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    return similarity.masked_fill(itself, math.nan).nanmean()
+
+
+def expert_diversity_score(
+    x: Tensor, topk_indices: Tensor | None = None, num_experts: int | None = None
+) -> Tensor:
+    """`1 - expert_similarity_mean`: 0 where all experts see or do the same.
+
+    Takes the arguments of `expert_similarity`, and raises as it does.
+
+    Returns:
+        [] float64 in [0, 2]; NaN without a pair.
+
+    Example:
+        >>> expert_diversity_score(torch.eye(4)).item()
+        1.0
+    """
+    return 1 - expert_similarity_mean(x, topk_indices, num_experts)
+
+
+def _slots(function: str, topk_indices: Tensor, num_experts: int) -> Tensor:
+    """[T, K] with E in place of what is not counted."""
+    if num_experts < 1:
+        raise ValueError(f"{function}: num_experts must be at least 1, got {num_experts}")
+    if topk_indices.dim() == 0 or topk_indices.dtype != torch.int64:
+        raise ValueError(
+            f"{function}: topk_indices must be int64 of shape [..., K], "
+            f"got {topk_indices.dtype} of shape {list(topk_indices.shape)}"
+        )
+    outside = (topk_indices < -1) | (topk_indices >= num_experts)
+    if topk_indices.device.type == "cpu" and bool(outside.any()):
+        raise ValueError(
+            f"{function}: topk_indices must be in [-1, {num_experts}), "
+            f"got {topk_indices[outside][0].item()}"
+        )
+    return torch.where(outside | (topk_indices < 0), num_experts, topk_indices).reshape(
+        -1, topk_indices.shape[-1]
+    )
 
 
 def _check_last(function: str, name: str, x: Tensor) -> None:
