@@ -3,7 +3,7 @@
 
 `functional` has the ops, `nn` the modules, `balancers` what acts between steps, `schedules` what
 changes with them, `distributed` what joins ranks and micro-batches, `metrics` the figures of load,
-`cpp` the C++ modules of `equipoise::nn`, `ops` the doors to `torch.ops.equipoise`.
+`RoutingAnalyzer` keeps what the routers did, `diagnose` says what is wrong with it, `cpp` the C++ modules of `equipoise::nn`, `ops` the doors to `torch.ops.equipoise`.
 """
 
 from pathlib import Path
@@ -31,15 +31,19 @@ from . import (  # noqa: E402
     ops,
     schedules,
 )
+from .analyzer import RoutingAnalyzer  # noqa: E402
+from .diagnosis import diagnose  # noqa: E402
 from .nn import router_parameters  # noqa: E402
 
 #: For find_package(equipoise): cmake -DCMAKE_PREFIX_PATH=<this>
 cmake_prefix_path = str(Path(__file__).parent / "share" / "cmake")
 
 __all__ = [
+    "RoutingAnalyzer",
     "balancers",
     "cmake_prefix_path",
     "cpp",
+    "diagnose",
     "distributed",
     "functional",
     "metrics",

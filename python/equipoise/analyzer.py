@@ -575,10 +575,6 @@ def _row(
     routings = [r for r in results if isinstance(r, RoutingResult)]
     device = (routings[0].tokens_per_expert if routings else results[0]).device
     counts = torch.stack([_counts(r, num_experts).to(device) for r in results])
-    if device.type == "cpu" and not routings and bool((counts < 0).any()):
-        raise ValueError(
-            f"RoutingAnalyzer: tokens_per_expert must not be negative, got {counts.min().item()}"
-        )
     rows = counts.new_zeros(num_layers, _width(num_experts), dtype=torch.float64)
     row = _split(rows, num_experts)
     row.tokens_per_expert.copy_(counts)
@@ -619,12 +615,16 @@ def _counts(result: Any, num_experts: int) -> Tensor:
             f"RoutingAnalyzer: tokens_per_expert must have shape [E] = [{num_experts}] in each "
             f"layer, got {list(counts.shape)}"
         )
-    if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
-        raise ValueError(
-            f"RoutingAnalyzer: tokens_per_expert must hold integers (counts, never means), "
-            f"got {counts.dtype}"
-        )
+    check_counts("RoutingAnalyzer: tokens_per_expert", counts)
     return counts
+
+
+def check_counts(name: str, counts: Tensor) -> None:
+    """ValueError for what cannot be counts; of the values on the CPU only, where it is no wait."""
+    if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
+        raise ValueError(f"{name} must hold integers (counts, never means), got {counts.dtype}")
+    if counts.device.type == "cpu" and bool((counts < 0).any()):
+        raise ValueError(f"{name} must not be negative, got {counts.min().item()}")
 
 
 def _figures(row: Row) -> dict[str, Tensor]:
