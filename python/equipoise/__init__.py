@@ -3,7 +3,9 @@
 
 `functional` has the ops, `nn` the modules, `balancers` what acts between steps, `schedules` what
 changes with them, `distributed` what joins ranks and micro-batches, `metrics` the figures of load,
-`RoutingAnalyzer` keeps what the routers did, `diagnose` says what is wrong with it, `cpp` the C++ modules of `equipoise::nn`, `ops` the doors to `torch.ops.equipoise`.
+`cpp` the C++ modules of `equipoise::nn`, `ops` the doors to `torch.ops.equipoise`.
+`RoutingAnalyzer` keeps what the routers did, `diagnose` says what is wrong with it, `figures`,
+`report` and `live` show it; `python -m equipoise` does so with a log.
 """
 
 from pathlib import Path

@@ -314,7 +314,7 @@ class RoutingAnalyzer:
             if metric in aggregated
         }
         return summary | {
-            "max_vio_global": load_metrics(counts)["max_vio"].nanmean().item(),
+            "max_vio_global": load_metrics(counts.long())["max_vio"].nanmean().item(),
             "num_steps": len(self._steps),
             "num_layers": self.num_layers,
             "num_experts": self.num_experts,
@@ -634,7 +634,7 @@ def _figures(row: Row) -> dict[str, Tensor]:
             "RoutingAnalyzer: tokens_per_expert must not be negative, "
             f"got {int(row.tokens_per_expert.min())}"
         )
-    figures = {name: value.double() for name, value in load_metrics(row.tokens_per_expert).items()}
+    figures = load_metrics(row.tokens_per_expert.long())
     num_tokens = row.sums[..., -_SUMS_TAIL]
     if bool((num_tokens > 0).any()):
         figures |= router_metrics(row.sums)

@@ -171,7 +171,8 @@ def _page(runs: list[Run], settings: dict[str, object]) -> str:
     return report.page(f"Three ways to load {experts} experts", body)
 
 
-_BODY = """<p>The same byte-level transformer ({layers} MoE layers), from the same start, on the same batches
+_BODY = """\
+<p>The same byte-level transformer ({layers} MoE layers), from the same start, on the same batches
 of Python's standard library source. Without balancing, {dead} of {all_experts} experts get no token
 of the held-out files, the fullest of a layer gets {fullest:.1f} times its fair share, and a layer
 works as if it had {in_effect:.1f} experts. With the Switch loss it is {switch:.1f}, with the

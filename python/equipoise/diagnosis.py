@@ -625,7 +625,9 @@ def _padding_counted(facts: _Facts) -> list[Finding] | None:
         "in no count and no loss"
     )
     if facts.unmasked is not None:
-        cvs = (load_metrics(counts)["cv"].tolist() for counts in (facts.counts, facts.unmasked))
+        cvs = (
+            load_metrics(counts.long())["cv"].tolist() for counts in (facts.counts, facts.unmasked)
+        )
         for layer, (masked, unmasked) in enumerate(zip(*cvs, strict=True)):
             if max(masked, unmasked) > max(2 * min(masked, unmasked), 0.25):
                 found.append(
@@ -782,9 +784,9 @@ def _blind_spot(facts: _Facts) -> list[Finding] | None:
 def _layers_cancel(facts: _Facts) -> list[Finding] | None:
     if facts.counts is None or facts.num_layers < 2 or not bool((facts.counts.sum(-1) > 0).all()):
         return None
-    cv = load_metrics(facts.counts)["cv"]
+    cv = load_metrics(facts.counts.long())["cv"]
     joined = facts.counts.sum(0)
-    joined_cv = load_metrics(joined)["cv"].item()
+    joined_cv = load_metrics(joined.long())["cv"].item()
     mean_cv = cv.mean().item()
     if not any(_skewed(facts)) or mean_cv < 0.5 or joined_cv > 0.5 * mean_cv:
         return []
@@ -1025,7 +1027,7 @@ def _hot_experts(facts: _Facts) -> list[Finding] | None:
     if facts.counts is None:
         return None
     found = []
-    figures = load_metrics(facts.counts)
+    figures = load_metrics(facts.counts.long())
     for layer, counts in enumerate(facts.counts):
         load = {name: value[layer].item() for name, value in figures.items()}
         # Deviations of a fair router: the largest of thousands of experts stays below 6.
@@ -1186,7 +1188,7 @@ def _balanced(facts: _Facts, layer: int) -> bool:
 
 def _excess(counts: Tensor) -> tuple[Tensor, Tensor]:
     """CV^2 of [L, E] counts above the 1 / m of Poisson's, and the deviation of that by chance."""
-    cv, mean = load_metrics(counts)["cv"], counts.mean(-1)
+    cv, mean = load_metrics(counts.long())["cv"], counts.mean(-1)
     return cv.square() - 1 / mean, math.sqrt(2 / max(counts.shape[-1] - 1, 1)) / mean
 
 
@@ -1196,7 +1198,7 @@ def _blindness(facts: _Facts) -> dict[int | None, dict[str, float]] | None:
         return None
     skewed, uniform = _skewed(facts), 1 / facts.counts.shape[1]
     followed = switch_value(facts.counts, facts.counts)
-    figures = load_metrics(facts.counts)
+    figures = load_metrics(facts.counts.long())
     if len(facts.aux_loss) < facts.num_layers:  # only the mean is known
         of_layers = {None: any(skewed)}
         followed = followed.nanmean().reshape(1)

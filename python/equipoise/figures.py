@@ -91,7 +91,7 @@ def load_heatmap(
     count, num_layers, experts = _history(runs)
     layers = range(num_layers) if layers is None else layers
     steps = torch.arange(1, count + 1) if steps is None else steps
-    figure = new_figure(max(6, 4 * len(runs)), 0.9 + 2.6 * num_layers)
+    figure = new_figure(max(8, 4 * len(runs)), 0.9 + 2.2 * num_layers)
     figure.get_layout_engine().set(wspace=0.05)
     axes = figure.subplots(num_layers, len(runs), sharex=True, sharey=True, squeeze=False)
     first, last = steps[0].item() - 1, steps[-1].item()
@@ -116,7 +116,7 @@ def load_heatmap(
                 ax.set_ylabel(f"layer {layer}: experts,\nby their last load")
             if row == num_layers - 1:
                 ax.set_xlabel("step")
-    bar = figure.colorbar(image, ax=axes, extend="max", aspect=30, pad=0.01)
+    bar = figure.colorbar(image, ax=axes, extend="max", aspect=11 * num_layers, pad=0.01)
     bar.set_label("load (1 = a fair share, white = no token)")
     return figure
 

@@ -77,7 +77,7 @@ def write_report(
             picture(
                 figures.loss_terms(terms, steps),
                 "The balance losses before their coefficients, means over the layers. The Switch "
-                "loss is 1 at balance, and also where probabilities are uniform, whatever the load.",
+                "loss is 1 at balance, but also where probabilities are uniform, with any load.",
             )
         )
     parts += [
