@@ -220,7 +220,7 @@ def loss_terms(
         terms: name -> [S] values. Those that are not positive leave a gap.
         steps: [S] their numbers, from 1 on if not given.
     """
-    figure = new_figure(7, 3.8)
+    figure = new_figure(8, 3.8)
     ax = figure.subplots()
     for number, (name, values) in enumerate(terms.items()):
         values = torch.as_tensor(values, dtype=torch.float64)
@@ -231,6 +231,7 @@ def loss_terms(
     ax.set_xlabel("step")
     ax.set_ylabel("unscaled value")
     tidy(ax)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # lines are everywhere
     return figure
 
 
