@@ -15,6 +15,7 @@ one all-reduce of [L, 4 E + 9] numbers joins the ranks. Rows stay on the device 
 from, and nothing waits for it until a figure is read.
 """
 
+import functools
 import json
 import math
 import os
@@ -493,7 +494,7 @@ def torchmetrics_metric(num_experts: int, num_layers: int = 1) -> "Metric":
 
     Its `update` takes what `RoutingAnalyzer.update` takes (but no `step`), its `compute` returns
     [L] tensors by name. The state is one tensor, so that torchmetrics joins the ranks with a single
-    gather for all layers. Ask for nothing before the first update: it would be NaN.
+    gather for all layers.
 
     Args:
         num_experts: E.
@@ -503,6 +504,11 @@ def torchmetrics_metric(num_experts: int, num_layers: int = 1) -> "Metric":
         ImportError: torchmetrics is not installed.
         ValueError: an argument below 1.
     """
+    return _metric_class()(num_experts, num_layers)
+
+
+@functools.cache  # torchmetrics merges metrics of one class only
+def _metric_class() -> "type[Metric]":
     try:
         from torchmetrics import Metric
     except ImportError as error:
@@ -511,7 +517,6 @@ def torchmetrics_metric(num_experts: int, num_layers: int = 1) -> "Metric":
             "installed; RoutingAnalyzer has the same update, compute, reset and merge_state "
             "without it"
         ) from error
-    empty = RoutingAnalyzer(num_experts, num_layers)._total  # checks the arguments, too
 
     class RoutingMetric(Metric):
         is_differentiable = False
@@ -519,8 +524,11 @@ def torchmetrics_metric(num_experts: int, num_layers: int = 1) -> "Metric":
         full_state_update = False
         total: Tensor
 
-        def __init__(self) -> None:
+        def __init__(self, num_experts: int, num_layers: int) -> None:
             super().__init__()
+            self.num_experts = num_experts
+            self.num_layers = num_layers
+            empty = RoutingAnalyzer(num_experts, num_layers)._total  # checks the arguments, too
             self.add_state("total", default=empty, dist_reduce_fx="sum")
 
         def update(
@@ -528,16 +536,16 @@ def torchmetrics_metric(num_experts: int, num_layers: int = 1) -> "Metric":
             result: Routing,
             permuted: PermuteResult | Sequence[PermuteResult] | None = None,
         ) -> None:
-            row = _row(result, permuted, num_layers, num_experts)
+            row = _row(result, permuted, self.num_layers, self.num_experts)
             self.total = self.total + row.to(self.total.device)
 
         def compute(self) -> dict[str, Tensor]:
-            row = _split(self.total, num_experts)
+            row = _split(self.total, self.num_experts)
             if not bool((row.updates > 0).any()):
                 raise RuntimeError("RoutingMetric.compute: there is no step yet: call update first")
             return _figures(row)
 
-    return RoutingMetric()
+    return RoutingMetric
 
 
 def _sizes(num_experts: int) -> list[int]:
@@ -572,19 +580,19 @@ def _row(
             f"RoutingAnalyzer: result must have one routing for each of {num_layers} layers, "
             f"got {len(results)}"
         )
-    routings = [r for r in results if isinstance(r, RoutingResult)]
-    device = (routings[0].tokens_per_expert if routings else results[0]).device
-    counts = torch.stack([_counts(r, num_experts).to(device) for r in results])
+    of_layers = [_counts(r, num_experts) for r in results]
+    device = of_layers[0].device
+    counts = torch.stack([c.to(device) for c in of_layers])
     rows = counts.new_zeros(num_layers, _width(num_experts), dtype=torch.float64)
     row = _split(rows, num_experts)
     row.tokens_per_expert.copy_(counts)
     row.updates.fill_(1)
-    if len(routings) == num_layers and all(r.sums is not None for r in routings):
-        sums = [r.sums.sum(0) if r.sums.dim() == 2 else r.sums for r in routings]
-        row.sums.copy_(torch.stack([s.to(device) for s in sums]))
-    if len(routings) == num_layers:
-        weights = [r.topk_weights[..., 0].sum().to(device) for r in routings]
-        tokens = [(r.topk_indices[..., 0] >= 0).sum().to(device) for r in routings]
+    if all(isinstance(r, RoutingResult) for r in results):
+        if all(r.sums is not None for r in results):
+            sums = [r.sums.sum(0) if r.sums.dim() == 2 else r.sums for r in results]
+            row.sums.copy_(torch.stack([s.to(device) for s in sums]))
+        weights = [r.topk_weights[..., 0].sum().to(device) for r in results]
+        tokens = [(r.topk_indices[..., 0] >= 0).sum().to(device) for r in results]
         row.first_choice[:, 0].copy_(torch.stack(weights))
         row.first_choice[:, 1].copy_(torch.stack(tokens))
     if permuted is not None:
@@ -688,18 +696,19 @@ def _parse(record: Any, num_layers: int, num_experts: int) -> tuple[int, Tensor]
             continue
         part = getattr(parts, name)
         values = record[name]
-        flat = [[value] for value in values] if name == "dropped_of" else values
-        if not _is_table(flat, part.shape[1], num_layers):
+        if name == "dropped_of" and isinstance(values, list):
+            values = [[value] for value in values]
+        if not _is_table(values, part.shape[1], num_layers):
             raise ValueError(
                 f"{name} must be {num_layers} lists (layers) of {part.shape[1]} numbers each"
             )
-        for value in (value for layer in flat for value in layer):
+        for value in (value for layer in values for value in layer):
             if type(value) is not int and (whole or type(value) is not float):
                 wanted = "whole numbers" if whole else "numbers"
                 raise ValueError(f"{name} must hold {wanted}, got {value!r}")
             if whole and value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
-        part.copy_(torch.tensor(flat, dtype=torch.float64))
+        part.copy_(torch.tensor(values, dtype=torch.float64))
     return record["step"], row
 
 
