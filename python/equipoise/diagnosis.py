@@ -991,11 +991,11 @@ def _underused(
         experts = which(counts, mean.item()).nonzero().flatten().tolist()
         if total == 0 or not experts:
             continue
-        # How many of all experts a fair router would show so by chance.
         at_most = max(math.ceil(below * mean.item()) - 1, 0)
-        chance = torch.special.gammaincc(torch.tensor(at_most + 1.0).double(), mean)
-        by_chance = (chance * facts.counts.numel()).item()
-        if by_chance > 0.05:
+        by_chance = _by_chance(
+            facts.counts, torch.special.gammaincc(mean.new_tensor(at_most + 1), mean)
+        )
+        if by_chance > _CHANCE:
             continue
         has = "no token" if rule == "dead-experts" else "less than a tenth of a fair share"
         shown = ", ".join(str(expert) for expert in experts[:8])
@@ -1030,10 +1030,13 @@ def _hot_experts(facts: _Facts) -> list[Finding] | None:
     figures = load_metrics(facts.counts.long())
     for layer, counts in enumerate(facts.counts):
         load = {name: value[layer].item() for name, value in figures.items()}
-        # Deviations of a fair router: the largest of thousands of experts stays below 6.
-        if not load["max_vio"] >= 1 or load["max_vio_tokens"] < 6 * counts.mean().sqrt().item():
+        if not load["max_vio"] >= 1:
+            continue
+        by_chance = _by_chance(facts.counts, torch.special.gammainc(counts.max(), counts.mean()))
+        if by_chance > _CHANCE:
             continue
         names = ("max_vio", "max_vio_tokens", "imbalance_ratio", "cv", "gini", "entropy")
+        names += ("perplexity", "kl_to_uniform")
         found.append(
             Finding(
                 "hot-experts",
@@ -1171,8 +1174,18 @@ _RULES: dict[str, Callable[[_Facts], list[Finding] | None]] = {
 }
 
 _STARVED = 0.1  # of a fair share
+_CHANCE = 0.05  # experts of all that a fair router may show so
 _SCALED = 0.5  # a Switch loss below this has been multiplied with something
 _WEAK, _AIM, _STRONG = 0.01, 0.1, 0.3  # gradient of the balance loss over that of the main loss
+
+
+def _by_chance(counts: Tensor, probability: Tensor) -> float:
+    """How many experts a fair router shows so, of a probability of Poisson's distribution.
+
+    With mean m it is at most k with the probability gammaincc(k + 1, m), at least k with
+    gammainc(k, m).
+    """
+    return (probability * counts.numel()).item()
 
 
 def _skewed(facts: _Facts) -> list[bool]:
