@@ -13,7 +13,8 @@ import torch
 
 import equipoise.functional as F
 from equipoise import RoutingAnalyzer, diagnose, nn
-from equipoise.diagnosis import _RULES, Diagnosis, Finding
+from equipoise.diagnosis import Diagnosis, Finding
+from equipoise.diagnosis.rules import RULES
 
 GOLDEN = torch.tensor([1, 2, 261, 266, 6, 253, 229, 6])
 EVEN = torch.tensor([131, 120, 135, 126, 129, 122, 133, 128])  # as a fair router has them
@@ -353,7 +354,7 @@ CASES = {
 
 
 def test_every_rule_has_its_cases():
-    assert list(CASES) == list(_RULES)
+    assert list(CASES) == list(RULES)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +440,7 @@ def test_a_healthy_router_has_no_finding():
         diagnosis = diagnose(**given, **everything)
         assert diagnosis.findings == [], str(diagnosis)
     assert str(diagnosis).startswith("no finding\nchecked: never-updated, nan-logits")
-    for rule in _RULES:
+    for rule in RULES:
         if rule not in ("probabilities-as-logits", "padding-counted"):  # want logits, a mask
             assert rule in diagnosis.checked
 
