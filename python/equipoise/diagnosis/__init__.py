@@ -85,6 +85,7 @@ def diagnose(
         ValueError: nothing was given; arguments that contradict each other; shapes that do not fit.
 
     Example:
+        >>> import torch
         >>> counts = torch.tensor([1, 2, 261, 266, 6, 253, 229, 6])
         >>> diagnosis = diagnose(counts, aux_loss=1.0122)
         >>> [finding.rule for finding in diagnosis.findings]

@@ -56,6 +56,7 @@ class Diagnosis:
         checked: the rules that had the data they need, whether they found something or not.
 
     Example:
+        >>> import torch
         >>> from equipoise import diagnose
         >>> print(diagnose(torch.tensor([40, 37, 44, 39])))
         no finding
