@@ -25,7 +25,7 @@ def heat(tokens_per_expert: Tensor, width: int = 64) -> str:
         width: characters at most.
 
     >>> heat(torch.tensor([0, 10, 100, 200, 400, 90]))
-    ' ░▒▒▓▒'
+    ' ░▒▓█▒'
     """
     experts = tokens_per_expert.numel()
     per_cell = -(-experts // width)
@@ -43,7 +43,7 @@ def sparkline(values: Tensor, width: int = 24) -> str:
         width: how many are shown.
 
     >>> sparkline(torch.tensor([0.0, 1.0, 2.0, 4.0, float("nan")]))
-    '▁▂▄█ '
+    '▁▃▅█ '
     """
     values = values[-width:].double()
     largest = values.nan_to_num(0).max().clamp_min(1e-12)
