@@ -5,7 +5,8 @@
 changes with them, `distributed` what joins ranks and micro-batches, `metrics` the figures of load,
 `cpp` the C++ modules of `equipoise::nn`, `ops` the doors to `torch.ops.equipoise`.
 `RoutingAnalyzer` keeps what the routers did, `diagnose` says what is wrong with it, `figures`,
-`report` and `live` show it; `python -m equipoise` does so with a log.
+`report` and `live` show it; `python -m equipoise` does so with a log. `models` has what is for
+other people's models.
 """
 
 from pathlib import Path
@@ -29,12 +30,14 @@ from . import (  # noqa: E402
     distributed,
     functional,
     metrics,
+    models,
     nn,
     ops,
     schedules,
 )
 from .analyzer import RoutingAnalyzer  # noqa: E402
 from .diagnosis import diagnose  # noqa: E402
+from .models import watch  # noqa: E402
 from .nn import router_parameters  # noqa: E402
 
 #: For find_package(equipoise): cmake -DCMAKE_PREFIX_PATH=<this>
@@ -49,8 +52,10 @@ __all__ = [
     "distributed",
     "functional",
     "metrics",
+    "models",
     "nn",
     "ops",
     "router_parameters",
     "schedules",
+    "watch",
 ]

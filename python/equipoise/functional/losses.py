@@ -600,20 +600,21 @@ def _needs_choices(losses: Mapping[str, "float | Tensor | Mapping[str, Any]"]) -
     return of_gates or "switch" in losses or "device" in losses
 
 
+def are_probabilities(rows: Tensor) -> Tensor:
+    """Scalar bool: whether each row of [..., E] is >= 0 and adds up to 1; waits for nothing."""
+    sums = rows.sum(-1, dtype=torch.float32)
+    return (rows >= 0).all() & ((sums - 1).abs() < 1e-2).all()
+
+
 def _warn_of_probabilities(logits: Tensor) -> None:
     """A look at a few rows, where it costs next to nothing: on the CPU and outside of a graph."""
     if torch.compiler.is_compiling() or logits.device.type != "cpu" or logits.shape[-1] < 2:
         return
-    if look_like_probabilities(logits.detach().reshape(-1, logits.shape[-1])[:16]):
+    rows = logits.detach().reshape(-1, logits.shape[-1])[:16]
+    if len(rows) and bool(are_probabilities(rows)):
         warnings.warn(
             "balance_loss_from_logits: logits look like probabilities (rows in [0, 1] that add up "
             "to 1), of which the loss would be near 1 whatever the balance; if they are, pass "
             "from_probabilities=True",
             stacklevel=3,
         )
-
-
-def look_like_probabilities(rows: Tensor) -> bool:
-    """Whether all of [N, E] are in [0, 1] and add up to 1; waits for the device."""
-    rows = rows.double()
-    return len(rows) > 0 and bool(((rows >= 0).all(-1) & ((rows.sum(-1) - 1).abs() < 1e-2)).all())

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other people's models: `watch` their routing.
+
+For models with routers of `equipoise.nn`, and for Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE,
+DeepSeek-V3 and their like in Hugging Face transformers 4 and 5. Nothing here imports transformers:
+routers are known by the names of their classes.
+"""
+
+from .watching import Watch, watch
+
+__all__ = ["Watch", "watch"]
