@@ -38,6 +38,7 @@ from . import (  # noqa: E402
 from .analyzer import RoutingAnalyzer  # noqa: E402
 from .diagnosis import diagnose  # noqa: E402
 from .models import watch  # noqa: E402
+from .models import audit, watch  # noqa: E402
 from .nn import router_parameters  # noqa: E402
 
 #: For find_package(equipoise): cmake -DCMAKE_PREFIX_PATH=<this>
@@ -45,6 +46,7 @@ cmake_prefix_path = str(Path(__file__).parent / "share" / "cmake")
 
 __all__ = [
     "RoutingAnalyzer",
+    "audit",
     "balancers",
     "cmake_prefix_path",
     "cpp",

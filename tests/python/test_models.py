@@ -7,11 +7,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from equipoise import functional as F
-from equipoise.models import watch
+from equipoise.models import audit, watch
 from equipoise.nn import (
+    AdvancedLoadBalancingLoss,
+    BalanceLoss,
+    DenseRouter,
+    EMABalancer,
     ExpertChoiceRouter,
+    LossFreeBalancer,
     MoELayer,
     MoETransformerLM,
+    SwitchBalanceLoss,
     TopKRouter,
 )
 
@@ -174,3 +180,89 @@ def test_a_router_that_cannot_be_read_is_named():
         pytest.raises(ValueError, match=r"StrangeTopKRouter '0' must return .*got Tensor"),
     ):
         model(torch.zeros(2, 2))
+
+
+def rules(result):
+    return [finding.rule for finding in result.findings]
+
+
+def test_audit_of_a_healthy_model():
+    def make_router():
+        return TopKRouter(16, E, K, balancer=LossFreeBalancer(E, bias_update_rate=0.002))
+
+    model = make(make_router=make_router).bfloat16().float()
+    model.balance = BalanceLoss({"switch": 0.01, "z": 0.0})
+    model.other = SwitchBalanceLoss(0.5)
+    model.gates = AdvancedLoadBalancingLoss(4, lambda_mi=0.0)
+    result = audit(model, make_batch())
+    assert result.findings == []
+    assert result.model == "MoETransformerLM"
+    assert result.routers == [f"3 x TopKRouter: {E} experts, top_k {K}, softmax"]
+    assert [(t.name, t.coefficient, t.in_force) for t in result.terms] == [
+        ("switch", 0.01, True),
+        ("z", 0.0, False),
+        ("switch", 0.5, True),
+        ("uniform", 0.01, True),
+        ("entropy", 0.01, True),
+        ("mi", 0.0, False),
+        ("variance", 0.01, True),
+        ("expert_bias", 0.002, True),
+    ]
+    text = str(result)
+    assert "in force  switch 0.01  (BalanceLoss 'balance')" in text
+    assert "in force  expert_bias 0.002  (LossFreeBalancer in 3 layers)" in text
+    assert text.endswith("findings\n    none")
+    assert "losses added outside of it are not seen" in str(audit(make()))
+
+
+@pytest.mark.parametrize("balancer", [LossFreeBalancer, EMABalancer])
+def test_audit_expert_bias(balancer):
+    router = TopKRouter(16, E, K, balancer=balancer(E))
+    for _ in range(1000):
+        router.balancer.record(torch.ones(E, dtype=torch.int64))
+    result = audit(router)
+    assert rules(result) == ["expert-bias-not-updated"]
+    assert result.findings[0].evidence["records"] == [1000]
+    router.balancer.update()
+    assert rules(audit(router)) == []
+    router.balancer.expert_bias = router.balancer.expert_bias.bfloat16()  # by force: it resists
+    assert rules(audit(router)) == ["expert-bias-dtype"]
+
+
+def test_audit_dense_routing():
+    model = nn.ModuleList([DenseRouter(16, E), BalanceLoss({"switch": 0.01, "z": 0.01})])
+    result = audit(model)
+    assert rules(result) == ["dense-routing"]
+    assert result.findings[0].evidence["losses"] == ["switch"]
+    assert [t.in_force for t in result.terms] == [False, True]
+    model = nn.ModuleList([DenseRouter(16, E), BalanceLoss({"token_entropy": 0.01, "z": 0.01})])
+    assert rules(audit(model)) == []
+    model = nn.ModuleList([TopKRouter(16, E, K), BalanceLoss({"switch": 0.01})])
+    assert rules(audit(model)) == []
+
+
+class Forgets(nn.Module):
+    """A model that does not tell its router of the mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = TopKRouter(16, E, K)
+
+    def forward(self, x, attention_mask):
+        return self.router(x)
+
+
+def test_audit_padding():
+    mask = torch.ones(2, 5)
+    mask[0, 2:] = 0
+    batch = {"x": torch.randn(2, 5, 16), "attention_mask": mask}
+    result = audit(Forgets(), batch)
+    assert rules(result) == ["padding-counted"]
+    assert "count 10 tokens, of which the mask of the batch leaves 7" in result.findings[0].message
+    assert rules(audit(Forgets(), batch | {"attention_mask": torch.ones(2, 5)})) == []
+    assert rules(audit(make(), make_batch())) == []
+
+
+def test_audit_needs_routers():
+    with pytest.raises(ValueError, match="audit: model must contain a router, got a Linear"):
+        audit(nn.Linear(2, 2))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from equipoise import functional as F
-from equipoise.models import watch
+from equipoise.models import audit, watch
 
 transformers = pytest.importorskip("transformers")
 
@@ -64,10 +64,10 @@ def make(name, head="ForCausalLM", **options):
     """A model whose routers are decided and lean to some experts: by default p is near 1/E."""
     config = getattr(transformers, f"{name}Config")(**SIZES | CONFIGS[name] | options)
     model = getattr(transformers, f"{name}{head}")(config)
-    for place, parameter in model.named_parameters():
-        if place.endswith(("gate.weight", "gate.e_score_correction_bias")):
-            nn.init.normal_(parameter)
     with torch.no_grad():
+        for place, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if place.endswith(("gate.weight", "gate.e_score_correction_bias")):
+                tensor.normal_()
         model.get_input_embeddings().weight += 0.02  # what all tokens have in common
     return model
 
@@ -270,3 +270,164 @@ def test_a_dense_model_is_refused():
     model = transformers.MistralForCausalLM(config)
     with pytest.raises(ValueError, match="watch: .*MistralForCausalLM without one.*TopKRouter"):
         watch(model)
+
+
+def healthy(name, **options):
+    """Nothing silently off: the losses are added per layer, outside of the model."""
+    options = options if name == "DeepseekV3" else {"router_aux_loss_coef": 0.0} | options
+    return make(name, **options)
+
+
+def with_aux_loss(name, **options):
+    return make(name, output_router_logits=True, router_aux_loss_coef=0.02, **options)
+
+
+def rules(result):
+    return [finding.rule for finding in result.findings]
+
+
+def finding(result, rule):
+    (found,) = [f for f in result.findings if f.rule == rule]
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_audit_finds_nothing_in_a_healthy_model(name):
+    model, batch = healthy(name), make_batch()
+    assert audit(model).findings == audit(model, batch).findings == []
+    assert "none" in str(audit(model))
+
+
+@pytest.mark.parametrize("name", WITH_AUX_LOSS)
+def test_audit_aux_loss_off(name):
+    model = make(name, router_aux_loss_coef=0.02)
+    result = audit(model)
+    assert rules(result) == ["aux-loss-off"]
+    assert finding(result, "aux-loss-off").severity == "critical"
+    assert "0.02" in finding(result, "aux-loss-off").message
+    (term,) = result.terms
+    assert (term.name, term.coefficient, term.in_force) == ("switch", 0.02, False)
+    assert "off       switch 0.02" in str(result)
+    # It is off indeed, and on where the audit says so.
+    batch = make_batch() | {"labels": make_batch()["input_ids"]}
+    assert model(**batch).aux_loss is None
+    told = audit(model, batch | {"output_router_logits": True})
+    assert "aux-loss-off" not in rules(told) and told.terms[0].in_force
+    model.config.output_router_logits = True
+    result = audit(model)
+    assert "aux-loss-off" not in rules(result) and result.terms[0].in_force
+    loss_without = model(**batch, output_router_logits=False).loss
+    out = model(**batch)
+    torch.testing.assert_close(out.loss, loss_without + 0.02 * out.aux_loss)
+
+
+def test_audit_coefficients_that_do_nothing():
+    result = audit(make("Mixtral", "Model", router_aux_loss_coef=0.02))
+    assert rules(result) == ["coefficient-ignored"] and not result.terms[0].in_force
+    result = audit(make("DeepseekV3", aux_loss_alpha=0.001))
+    assert rules(result) == ["coefficient-ignored"]
+    assert "config.aux_loss_alpha is 0.001" in result.findings[0].message
+
+    model = with_aux_loss("Mixtral")
+    assert "coefficient-stale" not in rules(audit(model))
+    model.config.router_aux_loss_coef = 0.5
+    found = finding(audit(model), "coefficient-stale")
+    assert found.evidence["coefficient"] == 0.02 and found.evidence["configured"] == 0.5
+    batch = make_batch() | {"labels": make_batch()["input_ids"]}
+    out = model(**batch)
+    alone = model(**batch, output_router_logits=False).loss
+    torch.testing.assert_close(out.loss - alone, 0.02 * out.aux_loss, rtol=1e-3, atol=1e-5)
+
+
+def lean_apart(model):
+    """Each layer sends all tokens to two experts of its own, which hides in the sum of layers."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(torch.ones(64, 32))
+        for layer, block in enumerate(model.model.layers):
+            gate = block.mlp.gate if hasattr(block, "mlp") else block.block_sparse_moe.gate
+            gate.weight.zero_()[2 * layer : 2 * layer + 2] = 1.0
+
+
+def test_audit_concatenated_layers_and_normalisation():
+    model = with_aux_loss("Mixtral", num_hidden_layers=4)
+    assert finding(audit(model), "concatenated-layers").evidence == {"layers": 4}
+    lean_apart(model)
+    batch = make_batch()
+    found = finding(audit(model, batch), "concatenated-layers")
+    assert found.severity == "warning"
+    # Two of eight experts: 4 K in each layer, and as good as balanced together.
+    assert found.evidence["mean_of_layers"] > 3.9 * K > 1.1 * K > found.evidence["concatenated"]
+    aux_loss = model(**batch).aux_loss.item()
+    assert found.evidence["concatenated"] == pytest.approx(aux_loss, rel=1e-4)
+    assert f"{aux_loss:.3f} together" in found.message
+    assert finding(audit(model), "hf-normalisation").evidence == {"at_balance": K}
+
+    one_layer = with_aux_loss("Mixtral", num_hidden_layers=1, num_experts_per_tok=1)
+    assert rules(audit(one_layer, batch)) == []
+
+
+def test_audit_double_softmax():
+    model = healthy("Mixtral")
+    give_out_probabilities(model)
+    found = finding(audit(model), "probabilities-as-logits")
+    assert found.severity == "critical" and len(found.evidence["layers"]) == 2
+    assert rules(audit(model)) == ["probabilities-as-logits"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_audit_router_in_a_half_type(dtype):
+    found = finding(audit(healthy("Qwen3Moe").to(dtype)), "router-half-precision")
+    assert found.evidence["dtype"] == str(dtype)
+    assert (dtype == torch.float16 or found.evidence["flipped"] > 0) and len(found.evidence["layers"]) == 2
+    assert rules(audit(healthy("Qwen3Moe").double())) == []
+    model = healthy("DeepseekV3").to(dtype)  # the router runs in float32 all the same
+    result = audit(model)
+    assert rules(result) == ["expert-bias-dtype"] and result.findings[0].severity == "critical"
+
+
+def test_audit_router_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rules(audit(healthy("Mixtral"))) == ["router-half-precision"]
+
+
+def test_audit_expert_bias():
+    model = healthy("DeepseekV3")
+    (term,) = audit(model).terms
+    assert (term.name, term.in_force) == ("expert_bias", True)
+    gates = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+    for gate in gates:
+        gate.e_score_correction_bias.zero_()
+    result = audit(model)
+    assert rules(result) == ["expert-bias-not-updated"] and not result.terms[0].in_force
+    for gate in gates:
+        gate.e_score_correction_bias = torch.randn(E).bfloat16()
+    found = finding(audit(model), "expert-bias-dtype")
+    assert found.severity == "critical" and found.evidence["step_at_one"] == 2**-7
+    assert torch.tensor(1.0).bfloat16() + 0.001 == 1.0  # what it warns of
+
+
+def test_audit_dense_routing():
+    dense = with_aux_loss("Mixtral", num_experts_per_tok=E)
+    assert finding(audit(dense), "dense-routing").evidence["losses"] == ["switch"]
+    assert "dense-routing" not in rules(audit(with_aux_loss("Mixtral")))
+    assert rules(audit(healthy("Mixtral", num_experts_per_tok=E))) == []
+
+
+def test_audit_padding():
+    model, batch = healthy("Mixtral"), make_batch()
+    training = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    found = finding(audit(model, {"input_ids": batch["input_ids"]}), "padding-counted")
+    assert found.evidence["share"] == pytest.approx(4 / 30)
+    assert [module.training for module in model.modules()] == training
+    assert torch.equal(torch.get_rng_state(), state)
+    with watch(model.eval()) as masked, watch(model, batch["attention_mask"] > 0) as real:
+        model(input_ids=batch["input_ids"])
+    for w, key in ((masked, "switch"), (real, "switch_without_padding")):
+        value = w.losses(["switch"])["switch"].mean().item()
+        assert found.evidence[key] == pytest.approx(value, rel=1e-6)
+    assert found.evidence["switch"] != found.evidence["switch_without_padding"]
+    # The padding token is a token like any other in the middle of a sequence, and once at its end.
+    ids = torch.randint(2, 64, (3, 10))
+    ids[:, 4] = ids[:, 9] = 0
+    assert rules(audit(model, {"input_ids": ids})) == []

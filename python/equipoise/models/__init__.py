@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other people's models: `watch` their routing.
+"""Other people's models: `watch` their routing, `audit` their balance losses.
 
 For models with routers of `equipoise.nn`, and for Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE,
 DeepSeek-V3 and their like in Hugging Face transformers 4 and 5. Nothing here imports transformers:
 routers are known by the names of their classes.
 """
 
+from .auditing import Audit, BalanceTerm, audit
 from .watching import Watch, watch
 
-__all__ = ["Watch", "watch"]
+__all__ = ["Audit", "BalanceTerm", "Watch", "audit", "watch"]
