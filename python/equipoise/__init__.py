@@ -39,6 +39,7 @@ from .analyzer import RoutingAnalyzer  # noqa: E402
 from .diagnosis import diagnose  # noqa: E402
 from .models import watch  # noqa: E402
 from .models import audit, watch  # noqa: E402
+from .models import audit, patch, unpatch, watch  # noqa: E402
 from .nn import router_parameters  # noqa: E402
 
 #: For find_package(equipoise): cmake -DCMAKE_PREFIX_PATH=<this>
@@ -57,7 +58,9 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "patch",
     "router_parameters",
     "schedules",
+    "unpatch",
     "watch",
 ]

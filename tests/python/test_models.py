@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from equipoise import functional as F
-from equipoise.models import audit, watch
+from equipoise.models import audit, patch, watch
 from equipoise.nn import (
     AdvancedLoadBalancingLoss,
     BalanceLoss,
@@ -173,6 +173,88 @@ class StrangeTopKRouter(nn.Module):
         return x
 
 
+class MoEGate(nn.Module):
+    """Of the kind that keeps its logits to itself: DeepSeek's own code, and transformers 4."""
+
+    top_k = K
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(E, 16))
+        self.e_score_correction_bias = nn.Parameter(torch.randn(E))
+
+    def forward(self, hidden_states):
+        scores = (hidden_states.flatten(0, -2) @ self.weight.T).sigmoid()
+        indices = (scores + self.e_score_correction_bias).topk(K, sorted=False).indices
+        return indices, scores.gather(1, indices), torch.zeros(())
+
+
+class MixtralSparseMoeBlock(nn.Module):
+    """As in transformers 4: the routing is inside."""
+
+    top_k = K
+    num_experts = E
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(16, E, bias=False)
+
+    def forward(self, hidden_states):
+        return hidden_states, self.gate(hidden_states.flatten(0, -2))
+
+
+def test_routers_without_logits_and_blocks():
+    gate, block, x = MoEGate(), MixtralSparseMoeBlock(), torch.randn(2, 5, 16)
+    mask = torch.rand(2, 5) < 0.5
+    with watch(gate, mask) as w:
+        indices, weights, _ = gate(hidden_states=x)
+    logits = x.flatten(0, 1) @ gate.weight.T
+    exact = F.topk_gating(logits, K, "sigmoid", forced_indices=indices, token_mask=mask.flatten())
+    assert torch.equal(w.tokens_per_expert[0], exact.tokens_per_expert)
+    torch.testing.assert_close(w.losses()["switch"][0].float(), F.switch_loss(exact))
+    real = mask.flatten()
+    assert torch.equal(w.routings[0].topk_indices[real], indices[real])
+    torch.testing.assert_close(w.routings[0].topk_weights[real], weights[real].detach())
+
+    with watch(block, mask) as w:
+        _, logits = block(x)
+    exact = F.topk_gating(logits, K, norm_topk_prob=True, token_mask=real)
+    assert torch.equal(w.tokens_per_expert[0], exact.tokens_per_expert)
+    torch.testing.assert_close(w.losses()["switch"][0].float(), F.switch_loss(exact))
+    torch.testing.assert_close(w.routings[0].topk_weights, exact.topk_weights.detach())
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = MixtralSparseMoeBlock()
+
+    def forward(self, x, attention_mask=None):
+        return self.block(x)
+
+
+def test_the_attention_mask_by_place_and_by_name():
+    model, x, mask = Masked(), torch.randn(2, 5, 16), torch.ones(2, 5)
+    mask[0, 1:] = 0
+    with watch(model) as w:
+        model(x, mask)
+        assert w.tokens_per_expert.sum() == 6 * K
+        model(x, attention_mask=mask)
+        assert w.tokens_per_expert.sum() == 12 * K
+        model.block(x)  # by itself, after a pass with a mask: of that nothing is left
+        model(x)
+        assert w.tokens_per_expert.sum() == 32 * K
+
+
+def test_compiled_models_are_not_seen_and_that_is_said():
+    router = TopKRouter(16, E, K)
+    compiled = torch.compile(router, backend="eager", fullgraph=True)
+    with watch(compiled) as w:
+        compiled(torch.randn(3, 16))
+    with pytest.raises(RuntimeError, match="not compiled"):
+        _ = w.tokens_per_expert
+
+
 def test_a_router_that_cannot_be_read_is_named():
     model = nn.Sequential(StrangeTopKRouter())
     with (
@@ -266,3 +348,8 @@ def test_audit_padding():
 def test_audit_needs_routers():
     with pytest.raises(ValueError, match="audit: model must contain a router, got a Linear"):
         audit(nn.Linear(2, 2))
+
+
+def test_patch_is_for_hugging_faces_models():
+    with pytest.raises(ValueError, match="patch: model must have modules of .*got a MoETrans"):
+        patch(make())

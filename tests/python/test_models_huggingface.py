@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from equipoise import functional as F
-from equipoise.models import audit, watch
+from equipoise.models import audit, measure_patch, patch, unpatch, watch
 
 transformers = pytest.importorskip("transformers")
 
@@ -378,7 +378,8 @@ def test_audit_double_softmax():
 def test_audit_router_in_a_half_type(dtype):
     found = finding(audit(healthy("Qwen3Moe").to(dtype)), "router-half-precision")
     assert found.evidence["dtype"] == str(dtype)
-    assert (dtype == torch.float16 or found.evidence["flipped"] > 0) and len(found.evidence["layers"]) == 2
+    assert dtype == torch.float16 or found.evidence["flipped"] > 0
+    assert len(found.evidence["layers"]) == 2
     assert rules(audit(healthy("Qwen3Moe").double())) == []
     model = healthy("DeepseekV3").to(dtype)  # the router runs in float32 all the same
     result = audit(model)
@@ -431,3 +432,169 @@ def test_audit_padding():
     ids = torch.randint(2, 64, (3, 10))
     ids[:, 4] = ids[:, 9] = 0
     assert rules(audit(model, {"input_ids": ids})) == []
+
+
+VERSION_4 = transformers.__version__.startswith("4.")
+
+
+def step(model, batch):
+    """Output and gradients of a training step."""
+    model.zero_grad()
+    out = model(**batch, labels=batch["input_ids"])
+    out.loss.backward()
+    return out, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", [{}, {"norm_topk_prob": False}], ids=["", "plain"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_patched_equals_original(name, options, training):
+    if name in WITH_AUX_LOSS:
+        options = options | {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+    if name == "Mixtral":
+        options = options | {"router_jitter_noise": 0.1}
+    model, batch = make(name, **options).train(training), make_batch()
+    torch.manual_seed(1)
+    out, gradients = step(model, batch)
+    assert patch(model) is model
+    torch.manual_seed(1)
+    patched_out, patched_gradients = step(model, batch)
+    torch.testing.assert_close(patched_out.logits, out.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(patched_out.loss, out.loss, rtol=1e-5, atol=0)
+    assert sum(g is not None for g in gradients.values()) > 10
+    for place, gradient in gradients.items():
+        patched = patched_gradients[place]
+        assert (gradient is None) == (patched is None), place
+        if gradient is not None:
+            torch.testing.assert_close(patched, gradient, rtol=1e-4, atol=1e-5, msg=place)
+    if name in WITH_AUX_LOSS:
+        for logits, patched in zip(out.router_logits, patched_out.router_logits, strict=True):
+            torch.testing.assert_close(patched, logits, rtol=1e-5, atol=1e-5)
+
+
+def patched_names(model):
+    return sorted({type(m).__name__ for m in model.modules() if "_equipoise_patch" in vars(m)})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_of_the_routing_is_patched(name, monkeypatch):
+    """And by the ops: counted, so that a patch that does nothing fails."""
+    model, batch = make(name), make_batch()
+    calls = []
+    for op in ("topk_gating", "moe_permute", "moe_unpermute"):
+        function = getattr(F, op)
+        monkeypatch.setattr(
+            F, op, lambda *a, op=op, function=function, **k: calls.append(op) or function(*a, **k)
+        )
+    model(**batch)
+    assert not calls
+    patch(model)(**batch)
+    assert calls == ["topk_gating", "moe_permute", "moe_unpermute"] * 2
+    assert len(patched_names(model)) == (1 if VERSION_4 and name != "DeepseekV3" else 2)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "DeepseekV3"])
+def test_unpatch_and_copies(name):
+    model, batch = make(name).eval(), make_batch()
+    out = model(**batch).logits
+    state = model.state_dict()
+    vars_before = [set(vars(m)) for m in model.modules()]
+    patch(patch(model))
+    assert model.state_dict().keys() == state.keys()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():  # a twin with routers of its own
+        for place, parameter in twin.named_parameters():
+            if place.endswith("gate.weight"):
+                parameter.neg_()
+    assert not torch.allclose(twin(**batch).logits, out, atol=1e-3)
+    torch.testing.assert_close(model(**batch).logits, out, rtol=1e-5, atol=1e-5)
+    assert unpatch(model) is model
+    assert [set(vars(m)) for m in model.modules()] == vars_before
+    assert torch.equal(model(**batch).logits, out)
+    assert patched_names(twin)
+    assert not patched_names(unpatch(twin))
+    with pytest.raises(ValueError, match=f"unpatch: model must have been patched, got a {name}"):
+        unpatch(model)
+
+
+def test_patch_is_put_over_what_the_instance_had():
+    """transformers 4 leaves its own `forward` at the instance when it has given out logits."""
+    model, batch = make("Mixtral").eval(), make_batch()
+    out = model(**batch, output_router_logits=True)
+    patch(model)
+    patched_out = model(**batch, output_router_logits=True)
+    torch.testing.assert_close(patched_out.aux_loss, out.aux_loss)
+    unpatch(model)
+    again = model(**batch, output_router_logits=True)
+    assert torch.equal(again.logits, out.logits)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "DeepseekV3"])
+def test_a_patched_model_is_watched_and_audited_as_before(name):
+    model, batch = healthy(name), make_batch()
+    with watch(model) as before:
+        model(**batch)
+    patch(model)
+    with watch(model) as after:
+        model(**batch)
+    assert torch.equal(after.tokens_per_expert, before.tokens_per_expert)
+    torch.testing.assert_close(after.losses(), before.losses(), rtol=1e-5, atol=1e-6)
+    assert audit(model, batch).findings == []
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "DeepseekV3"])
+def test_patch_in_bfloat16(name):
+    model, batch = make(name).eval().bfloat16(), make_batch()
+    with torch.no_grad():
+        out = model(**batch).logits
+        patched_out = patch(model)(**batch).logits
+    assert patched_out.dtype == out.dtype == torch.bfloat16
+    torch.testing.assert_close(patched_out, out, rtol=0.1, atol=0.02)
+
+
+def test_patch_of_deepseek_v3_with_groups_and_bias():
+    model, batch = make("DeepseekV3", topk_group=1, num_experts_per_tok=2).eval(), make_batch()
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "e_score_correction_bias"):
+                module.e_score_correction_bias.uniform_(0, 3)
+        with watch(model) as before:
+            out = model(**batch).logits
+        with watch(patch(model)) as after:
+            patched_out = model(**batch).logits
+    torch.testing.assert_close(patched_out, out, rtol=1e-5, atol=1e-5)
+    assert torch.equal(after.tokens_per_expert, before.tokens_per_expert)
+
+
+def test_patch_refuses():
+    with pytest.raises(ValueError, match="patch: model must have modules of Mixtral, .*Mistral"):
+        patch(transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES)))
+    model = make("Mixtral")
+    for module in model.modules():
+        module._hf_hook = object()
+    with pytest.raises(ValueError, match="patch: '.*' must not have hooks of accelerate"):
+        patch(model)
+    assert not patched_names(model)
+
+
+def test_measure_patch():
+    model, batch = make("Mixtral").eval(), make_batch()
+    timing = measure_patch(model, batch, repeats=2)
+    assert not patched_names(model)
+    assert timing.speedup == timing.original_ms / timing.patched_ms > 0
+    assert "times as fast (medians of 2 forward passes)" in str(timing)
+    assert all(p.grad is None for p in model.parameters())
+
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    batch["labels"] = batch["input_ids"]
+    timing = measure_patch(patch(model), batch, repeats=1, backward=True)
+    assert patched_names(model)
+    assert bool((model.lm_head.weight.grad == 1).all())
+    assert "forward and backward" in str(timing)
+
+    del batch["labels"]
+    with pytest.raises(ValueError, match="measure_patch: backward needs labels"):
+        measure_patch(unpatch(model), batch, backward=True)
+    assert not patched_names(model)
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        measure_patch(model, batch, repeats=0)

@@ -211,7 +211,7 @@ def _hugging_face_loss(
         return BalanceTerm("switch", coefficient, f"config.{key}", False)
 
     attribute = next(k for k in _COEFFICIENTS if hasattr(head, k))
-    coefficient = getattr(head, attribute)
+    coefficient = getattr(head, attribute) or 0.0
     configured = coefficient if key is None else getattr(config, key)
     if configured != coefficient:
         findings.append(

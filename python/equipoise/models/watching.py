@@ -72,6 +72,7 @@ class Watch:
                     )
         self.token_mask = token_mask
         self._attention_mask: Any = None
+        self._mask_place: int | None = None  # among the positional arguments
         self._handles: list = []
         self.reset()
 
@@ -88,6 +89,9 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self._handles:
             raise RuntimeError("watch: this Watch is in use already; make another one")
+        parameters = list(inspect.signature(self._model.forward).parameters)
+        named = "attention_mask" in parameters
+        self._mask_place = parameters.index("attention_mask") if named else None
         hook = self._model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         self._handles.append(hook)
         hook = self._model.register_forward_hook(self._after_model, always_call=True)
@@ -239,20 +243,17 @@ class Watch:
         return seen
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if "attention_mask" in kwargs:
-            self._attention_mask = kwargs["attention_mask"]
-            return
-        self._attention_mask = None
-        parameters = list(inspect.signature(module.forward).parameters)
-        if "attention_mask" in parameters:
-            place = parameters.index("attention_mask")
-            self._attention_mask = args[place] if place < len(args) else None
+        self._attention_mask = kwargs.get("attention_mask")
+        if self._mask_place is not None and self._mask_place < len(args):
+            self._attention_mask = args[self._mask_place]
 
     def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._attention_mask = None  # not for a pass of an inner module by itself
 
     def _router_hook(self, layer: int, site: RouterSite):
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
             # A forward pass inside a backward pass is a recomputed one. The first one is counted,
             # with gradients or without (the reentrant kind of checkpointing).
             if torch._C._current_graph_task_id() != -1:
