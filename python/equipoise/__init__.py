@@ -37,8 +37,6 @@ from . import (  # noqa: E402
 )
 from .analyzer import RoutingAnalyzer  # noqa: E402
 from .diagnosis import diagnose  # noqa: E402
-from .models import watch  # noqa: E402
-from .models import audit, watch  # noqa: E402
 from .models import audit, patch, unpatch, watch  # noqa: E402
 from .nn import router_parameters  # noqa: E402
 

@@ -204,7 +204,7 @@ class RoutingAnalyzer:
 
         Args:
             group: a process group over which the sums are added up first, in one all-reduce for
-                all layers.
+                all layers; each of its ranks has to call.
 
         Returns:
             [L] float64 tensors by name.

@@ -159,6 +159,10 @@ CASES = {
             },
         ),
         (
+            lambda: {"tokens_per_expert": HOT, "unmasked_tokens_per_expert": HOT + 500},
+            lambda: {"tokens_per_expert": HOT, "unmasked_tokens_per_expert": HOT + 50},
+        ),
+        (
             lambda: {"tokens_per_expert": padded_counts(False), **padded_arguments()},
             lambda: {
                 "tokens_per_expert": padded_counts(True),
@@ -500,6 +504,15 @@ def test_double_softmax_in_numbers():
     assert finding.evidence["loss"] > 3 > 1.5 > flat
     # What the caller reported stands beside it: the other rules go by the true probabilities.
     assert "blind-spot" not in [f.rule for f in diagnose(logits=logits, top_k=2).findings]
+
+
+def test_a_layer_without_tokens_beside_one_with_probabilities():
+    layers = [healthy_logits(0), healthy_logits(64).softmax(-1)]
+    found = diagnose(logits=layers, top_k=2).findings
+    assert [(f.rule, f.layer) for f in found] == [
+        ("never-updated", 0),
+        ("probabilities-as-logits", 1),
+    ]
 
 
 def test_the_first_bad_layer_is_named():

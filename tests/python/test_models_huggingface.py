@@ -383,7 +383,7 @@ def test_audit_router_in_a_half_type(dtype):
     assert rules(audit(healthy("Qwen3Moe").double())) == []
     model = healthy("DeepseekV3").to(dtype)  # the router runs in float32 all the same
     result = audit(model)
-    assert rules(result) == ["expert-bias-dtype"] and result.findings[0].severity == "critical"
+    assert rules(result) == ["bias-not-float32"] and result.findings[0].severity == "critical"
 
 
 def test_audit_router_under_autocast():
@@ -402,7 +402,7 @@ def test_audit_expert_bias():
     assert rules(result) == ["expert-bias-not-updated"] and not result.terms[0].in_force
     for gate in gates:
         gate.e_score_correction_bias = torch.randn(E).bfloat16()
-    found = finding(audit(model), "expert-bias-dtype")
+    found = finding(audit(model), "bias-not-float32")
     assert found.severity == "critical" and found.evidence["step_at_one"] == 2**-7
     assert torch.tensor(1.0).bfloat16() + 0.001 == 1.0  # what it warns of
 

@@ -52,8 +52,8 @@ def diagnose(
 
     Args:
         tokens_per_expert: [E] or [L, E] integer counts, padding excluded.
-        aux_loss: the Switch loss as it was reported, unscaled: 1 at balance. One number, then the
-            mean over the layers, or one per layer.
+        aux_loss: the Switch loss as it was reported, unscaled: 1 at balance (Hugging Face's is
+            divided by K for that). One number, then the mean over the layers, or one per layer.
         logits: [..., E] raw output of a router; of several layers a sequence of them.
         analyzer: has the counts and the statistics of its last steps.
         model: is looked through with `equipoise.models.audit`, and its `MoELayer`s for identical
@@ -107,7 +107,7 @@ def diagnose(
             checked.append(rule)
             findings += found
     if model is not None:
-        from .models import audit  # looks at this module, in its turn
+        from ..models import audit  # looks at this module, in its turn
 
         checked.append("audit")
         findings += audit(model).findings

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..analyzer import RoutingAnalyzer, Row, _split, check_counts
-from ..functional.losses import look_like_probabilities
+from ..functional.losses import are_probabilities
 from ..functional.routing import topk_gating
 from ..metrics import router_metrics, switch_value
 
@@ -36,7 +36,7 @@ class Facts:
     slots_per_token: float | None = None
     """K."""
     logits: list[Tensor] | None = None
-    """[T, E] per layer."""
+    """[T, E] of the real tokens, per layer."""
     probabilities: list[int] = field(default_factory=list)
     """Layers whose logits look like probabilities."""
     nan_rows: list[int] | None = None
@@ -152,7 +152,7 @@ def gather(last: int, **given: Any) -> Facts:
     if "expert_weights" in given:
         facts.expert_weights = _list(given["expert_weights"])
     elif "model" in given:
-        from .nn import MoELayer
+        from ..nn import MoELayer
 
         layers = [m.w_in for m in given["model"].modules() if isinstance(m, MoELayer)]
         facts.expert_weights = layers or None
@@ -194,22 +194,25 @@ def _from_logits(
         f"tokens_per_expert must have shape [L, E] = [{len(logits)}, {num_experts}] of logits, "
         f"got {None if facts.counts is None else list(facts.counts.shape)}",
     )
-    facts.logits = [x.detach().reshape(-1, num_experts) for x in logits]
+    rows = [x.detach().reshape(-1, num_experts) for x in logits]
     mask = None if token_mask is None else token_mask.detach().reshape(-1)
-    for layer, x in enumerate(facts.logits):
+    for x in rows:
         _require(
             mask is None or len(mask) == len(x),
             f"token_mask must have one value for each of {len(x)} tokens, "
             f"got {0 if mask is None else len(mask)}",
         )
-        real = x if mask is None else x[mask > 0]
-        if num_experts > 1 and look_like_probabilities(real):
+    facts.logits = [x if mask is None else x[mask > 0] for x in rows]
+    facts.nan_rows = [int((x.isnan() | (x == math.inf)).any(-1).sum()) for x in facts.logits]
+    for layer, x in enumerate(facts.logits):
+        if num_experts > 1 and len(x) and bool(are_probabilities(x)):
             facts.probabilities.append(layer)
-    counts, sums = _route(facts, top_k, mask)
+            rows[layer] = rows[layer].clamp(min=torch.finfo(x.dtype).tiny).log()
     given = facts.counts
+    counts, sums = _route(rows, top_k, mask)
     facts.counts = counts if given is None else given
     if mask is not None and top_k is not None:
-        padded_counts, padded_sums = _route(facts, top_k, None)
+        padded_counts, padded_sums = _route(rows, top_k, None)
         facts.unmasked_losses = torch.stack(
             [
                 switch_value(counts, sums[:, :num_experts]),
@@ -220,23 +223,16 @@ def _from_logits(
         if given is not None and given.equal(padded_counts) and not given.equal(counts):
             facts.counts, facts.unmasked = counts, padded_counts
     _from_sums(facts, sums)
-    real = [x if mask is None else x[mask > 0] for x in facts.logits]
-    facts.nan_rows = [int((x.isnan() | (x == math.inf)).any(-1).sum()) for x in real]
 
 
-def _route(facts: Facts, top_k: int | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Counts [L, E] and sums [L, 2 E + 5] of the logits."""
-    routings = [
-        topk_gating(
-            x.clamp(min=torch.finfo(x.dtype).tiny).log() if layer in facts.probabilities else x,
-            top_k or 1,
-            token_mask=mask,
-        )
-        for layer, x in enumerate(facts.logits)
-    ]
-    return tuple(
-        torch.stack(parts).double().cpu()
-        for parts in zip(*((r.tokens_per_expert, r.sums) for r in routings), strict=True)
+def _route(
+    logits: list[Tensor], top_k: int | None, token_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Counts [L, E] and sums [L, 2 E + 5]; without K the counts mean nothing."""
+    routings = [topk_gating(x, top_k or 1, token_mask=token_mask) for x in logits]
+    return (
+        torch.stack([r.tokens_per_expert for r in routings]).double().cpu(),
+        torch.stack([r.sums for r in routings]).double().cpu(),
     )
 
 
@@ -248,7 +244,8 @@ def _from_sums(facts: Facts, sums: Tensor) -> None:
     facts.prob_sum = sums[:, :num_experts]
     facts.router = router_metrics(sums)
     facts.aux_loss = switch_value(facts.counts, facts.prob_sum)
-    facts.nan_rows = facts.router["num_nan_rows"].long().tolist()
+    if facts.nan_rows is None:
+        facts.nan_rows = facts.router["num_nan_rows"].long().tolist()
 
 
 def _table(name: str, counts: Tensor) -> Tensor:

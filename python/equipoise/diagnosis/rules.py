@@ -98,11 +98,8 @@ def _probabilities_as_logits(facts: Facts) -> list[Finding] | None:
         return None
     found = []
     for layer in facts.probabilities:
-        probs = facts.logits[layer].double()
-        flat = switch_value(facts.counts[layer], probs.softmax(-1).sum(0).cpu()).item()
-        true = facts.aux_loss[0 if len(facts.aux_loss) == 1 else layer].item()
-        if facts.prob_sum is not None:
-            true = switch_value(facts.counts[layer], facts.prob_sum[layer]).item()
+        probs, counts = facts.logits[layer].double().cpu(), facts.counts[layer]
+        true, flat = (switch_value(counts, p.sum(0)).item() for p in (probs, probs.softmax(-1)))
         found.append(
             Finding(
                 "probabilities-as-logits",
@@ -602,7 +599,10 @@ def _identical_experts(facts: Facts) -> list[Finding] | None:
         return None
     found = []
     for layer, weights in enumerate(facts.expert_weights):
-        similarity = expert_similarity(weights).triu(diagonal=1).nan_to_num()
+        # A part of them tells as well whether they are the same: experts are large.
+        numbers = weights.detach().flatten(1)
+        numbers = numbers[:, :: math.ceil(numbers.shape[1] / 2**16)]
+        similarity = expert_similarity(numbers).triu(diagonal=1).nan_to_num()
         pairs = (similarity > 0.95).nonzero()
         if len(pairs) == 0:
             continue

@@ -97,7 +97,7 @@ def audit(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Audit:
       the loss takes the softmax again
     - `padding-counted`: padding enters the loss (needs a `batch`)
     - `router-half-precision`: the logits are rounded to a half type, so that other experts win
-    - `expert-bias-dtype`: a bias in a half type, in which small updates are lost
+    - `bias-not-float32`: a bias in a half type, in which small updates are lost
     - `expert-bias-not-updated`: a bias that nobody updates
     - `dense-routing`: a balance loss where every token goes to every expert
 
@@ -311,7 +311,7 @@ def _biases(sites: list[RouterSite], findings: list[Finding]) -> list[BalanceTer
             step = torch.finfo(dtype).eps
             findings.append(
                 Finding(
-                    "expert-bias-dtype",
+                    "bias-not-float32",
                     "critical",
                     f"the bias of the selection is {dtype} in {len(half)} of {len(sites)} layers: "
                     f"at 1 its steps are {step:g}, and the usual update of 0.001 is lost",
