@@ -2,6 +2,7 @@
 // What load_metrics adds up over the experts, on the CPU. Each row (layer) has a lane of its own,
 // so that no step crosses lanes and a sorting network serves all rows of a vector at once.
 #include <cstdint>
+#include <type_traits>
 
 #include "../ops/load_metrics_terms.h"
 #include "scores.h"
@@ -9,11 +10,11 @@
 namespace equipoise::cpu::CPU_CAPABILITY {
 namespace {
 
-using Vec = Vectorized<double>;
-
 /// Sorts each lane of x [n] vectors, ascending: Batcher's merge exchange for any n (Knuth, The Art
 /// of Computer Programming 3, 5.2.2, algorithm M).
-inline void sort_lanes(int64_t n, double* x) {
+template <typename T>
+void sort_lanes(int64_t n, T* x) {
+  using Vec = Vectorized<T>;
   const auto exchange = [x](int64_t i, int64_t j) __attribute__((always_inline)) {
     const Vec a = Vec::loadu(x + i * Vec::size()), b = Vec::loadu(x + j * Vec::size());
     at::vec::clamp_max(a, b).store(x + i * Vec::size());
@@ -36,13 +37,36 @@ inline void sort_lanes(int64_t n, double* x) {
   }
 }
 
-/// The sums of up to Vec::size() rows.
+/// x [experts] vectors = counts, row r in lane r; lanes without a row hold row 0.
+template <typename T>
+void load_lanes(const int64_t* counts, int64_t rows, int64_t experts, T* x) {
+  constexpr int64_t kLanes = Vectorized<T>::size();
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    const int64_t* const row = counts + (lane < rows ? lane : 0) * experts;
+    for (int64_t e = 0; e < experts; ++e) x[e * kLanes + lane] = static_cast<T>(row[e]);
+  }
+}
+
+/// The sum of the distances of all pairs, of up to Vectorized<T>::size() rows whose counts T holds
+/// exactly.
+template <typename T>
+void pairs_of_lanes(const int64_t* counts, int64_t rows, int64_t experts, T* x, LoadSums* sums) {
+  constexpr int64_t kLanes = Vectorized<T>::size();
+  load_lanes(counts, rows, experts, x);
+  sort_lanes(experts, x);
+  double pairs[kLanes] = {};
+  for (int64_t e = 0; e < experts; ++e) {
+    const auto weight = static_cast<double>(2 * e + 1 - experts);
+    for (int64_t lane = 0; lane < kLanes; ++lane) pairs[lane] += weight * x[e * kLanes + lane];
+  }
+  for (int64_t r = 0; r < rows; ++r) sums[r].pairs = pairs[r];
+}
+
+/// All other sums, of up to Vectorized<double>::size() rows.
 inline void sums_of_lanes(const int64_t* counts, int64_t rows, int64_t experts, double* x,
                           LoadSums* sums) {
-  for (int64_t lane = 0; lane < Vec::size(); ++lane) {
-    const int64_t* const row = counts + (lane < rows ? lane : 0) * experts;
-    for (int64_t e = 0; e < experts; ++e) x[e * Vec::size() + lane] = static_cast<double>(row[e]);
-  }
+  using Vec = Vectorized<double>;
+  load_lanes(counts, rows, experts, x);
   const auto at = [x](int64_t e) { return Vec::loadu(x + e * Vec::size()); };
   Vec total(0), largest = at(0), smallest = at(0);
   for (int64_t e = 0; e < experts; ++e) {
@@ -61,18 +85,19 @@ inline void sums_of_lanes(const int64_t* counts, int64_t rows, int64_t experts, 
     touched = touched + has_any;
     used = used + Vec::blendv(zero, has_any, Vec(10 * experts) * count >= total);
   }
-  sort_lanes(experts, x);
-  Vec pairs(0);
-  for (int64_t e = 0; e < experts; ++e)
-    pairs = at::vec::fmadd(Vec(2 * e + 1 - experts), at(e), pairs);
-
-  double lanes[8][Vec::size()];
-  const Vec of[8] = {total, largest, smallest, squares, nats, pairs, used, touched};
-  for (int i = 0; i < 8; ++i) of[i].store(lanes[i]);
+  double lanes[7][Vec::size()];
+  const Vec of[7] = {total, largest, smallest, squares, nats, used, touched};
+  for (int i = 0; i < 7; ++i) of[i].store(lanes[i]);
   for (int64_t r = 0; r < rows; ++r) {
     sums[r] = {lanes[0][r], lanes[1][r], lanes[2][r], lanes[3][r],
-               lanes[4][r], lanes[5][r], lanes[6][r], lanes[7][r]};
+               lanes[4][r], 0,           lanes[5][r], lanes[6][r]};
   }
+}
+
+/// Calls part(first, size) for every `lanes` of `rows` rows.
+template <typename Part>
+void for_lanes(int64_t rows, int64_t lanes, const Part& part) {
+  for (int64_t r = 0; r < rows; r += lanes) part(r, rows - r < lanes ? rows - r : lanes);
 }
 
 }  // namespace
@@ -80,10 +105,17 @@ inline void sums_of_lanes(const int64_t* counts, int64_t rows, int64_t experts, 
 /// The sums of `rows` rows of counts [rows, experts]; `scratch` holds 8 experts' worth of numbers.
 void load_sums(const int64_t* counts, int64_t rows, int64_t experts, double* scratch,
                LoadSums* sums) {
-  for (int64_t r = 0; r < rows; r += Vec::size()) {
-    const int64_t size = rows - r < Vec::size() ? rows - r : Vec::size();
+  bool few = true;  // tokens: float32 holds them exactly, and twice as many in a vector
+  for_lanes(rows, Vectorized<double>::size(), [&](int64_t r, int64_t size) {
     sums_of_lanes(counts + r * experts, size, experts, scratch, sums + r);
-  }
+    for (int64_t i = r; i < r + size; ++i) few = few && sums[i].largest <= 0x1p24;
+  });
+  const auto pairs = [&](auto* x) {
+    for_lanes(rows, Vectorized<std::decay_t<decltype(*x)>>::size(), [&](int64_t r, int64_t size) {
+      pairs_of_lanes(counts + r * experts, size, experts, x, sums + r);
+    });
+  };
+  few ? pairs(reinterpret_cast<float*>(scratch)) : pairs(scratch);
 }
 
 }  // namespace equipoise::cpu::CPU_CAPABILITY

@@ -61,7 +61,7 @@ Tensor load_metrics_run(const Tensor& tokens_per_expert, bool unbiased) {
 // ---- CPU ----------------------------------------------------------------------------------------
 
 void load_metrics_cpu(const Tensor& tokens_per_expert, bool unbiased, const Tensor& metrics) {
-  constexpr int64_t kRows = 8;  // of a call: a vector of rows, or two
+  constexpr int64_t kRows = 16;  // of a call, one in each lane of the longest vector
   const int64_t experts = tokens_per_expert.size(-1), rows = tokens_per_expert.numel() / experts;
   const auto* counts = tokens_per_expert.const_data_ptr<int64_t>();
   auto* out = metrics.mutable_data_ptr<double>();
@@ -69,7 +69,7 @@ void load_metrics_cpu(const Tensor& tokens_per_expert, bool unbiased, const Tens
   const int64_t calls = (rows + kRows - 1) / kRows;
   const int64_t grain = std::max<int64_t>(1, 65536 / (kRows * experts));
   at::parallel_for(0, calls, grain, [&](int64_t first, int64_t last) {
-    std::vector<double> scratch(kRows * experts);
+    std::vector<double> scratch(8 * experts);
     LoadSums sums[kRows];
     for (int64_t row = first * kRows; row < std::min(rows, last * kRows); row += kRows) {
       const int64_t size = std::min(kRows, rows - row);
