@@ -409,7 +409,9 @@ def test_audit_expert_bias():
 
 def test_audit_dense_routing():
     dense = with_aux_loss("Mixtral", num_experts_per_tok=E)
-    assert finding(audit(dense), "dense-routing").evidence["losses"] == ["switch"]
+    result = audit(dense, {"input_ids": make_batch()["input_ids"]})
+    assert rules(result) == ["dense-routing", "hf-normalisation"]
+    assert finding(result, "dense-routing").evidence["losses"] == ["switch"]
     assert "dense-routing" not in rules(audit(with_aux_loss("Mixtral")))
     assert rules(audit(healthy("Mixtral", num_experts_per_tok=E))) == []
 

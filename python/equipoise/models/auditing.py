@@ -138,7 +138,7 @@ def audit(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Audit:
     terms += _biases(sites, findings)
     _check_dense(sites, dense, terms, findings)
     _check_logits(sites, findings)
-    if batch is not None:
+    if batch is not None and len(dense) < len(sites):
         _check_padding(model, sites, batch, findings)
     return Audit(
         type(model).__name__,
@@ -268,7 +268,7 @@ def _check_hugging_face_loss(
                 f"divide the loss by {top_k} to compare it, and coefficients from elsewhere too",
             )
         )
-    if len(sites) == 1:
+    if len(sites) == 1 or top_k == sites[0].num_experts:  # K in all layers, and together
         return
     message = f"the balance loss is of all {len(sites)} layers put together, where layers that "
     message += "lean to different experts cancel"
