@@ -95,6 +95,11 @@ def swinging_bias(period, steps=12):
     return 0.01 * (ups[:, None] * torch.tensor([1.0, -1.0] * 4))
 
 
+def random_walk(steps=20):
+    """[steps, E]: every expert turns around now and then."""
+    return 0.01 * torch.randn(steps, EXPERTS, generator=torch.Generator().manual_seed(0)).cumsum(0)
+
+
 def alike(num_alike):
     weights = torch.randn(EXPERTS, 16, 32)
     weights[:num_alike] = weights[0] * torch.linspace(1, 2, num_alike)[:, None, None]
@@ -277,6 +282,10 @@ CASES = {
             lambda: {"micro_losses": torch.tensor([1.4]), "global_loss": torch.tensor(1.1)},
             lambda: {"micro_losses": torch.tensor([1.06]), "global_loss": torch.tensor(1.01)},
         ),
+        (
+            lambda: {"micro_losses": [1.6, 1.6], "global_loss": 1.25},
+            lambda: {"micro_losses": [1.4, 1.4], "global_loss": 1.25},
+        ),
     ],
     "bias-oscillates": [
         (
@@ -286,6 +295,10 @@ CASES = {
         (
             lambda: {"bias_history": swinging_bias(2)},
             lambda: {"bias_history": swinging_bias(2), "tokens_per_expert": EVEN},
+        ),
+        (
+            lambda: {"bias_history": swinging_bias(2), "tokens_per_expert": GOLDEN},
+            lambda: {"bias_history": random_walk(), "tokens_per_expert": GOLDEN},
         ),
     ],
     "bias-drifts": [
@@ -457,6 +470,16 @@ def test_a_fair_router_with_few_tokens_has_no_finding():
             routing = F.topk_gating(logits, 1)
             found = diagnose(routing.tokens_per_expert, logits=logits).findings
             assert found == [], (tokens, num_experts, found)
+    for num_experts in (2, 8):
+        counts = torch.stack(
+            [
+                torch.randint(num_experts, (4,), generator=generator).bincount(
+                    minlength=num_experts
+                )
+                for _ in range(16)
+            ]
+        )
+        assert diagnose(counts).findings == []
 
 
 def test_one_expert_and_two():
@@ -464,6 +487,11 @@ def test_one_expert_and_two():
     assert diagnose(logits=torch.ones(9, 1), top_k=1).findings == []
     found = diagnose(torch.tensor([1000, 0]), aux_loss=2.0).findings
     assert [f.rule for f in found] == ["dead-experts", "hot-experts"]
+
+
+def test_the_gravest_comes_first_then_its_cause():
+    found = diagnose(GOLDEN, aux_loss=1.0122, expert_bias=torch.linspace(-1, 1, 8).half()).findings
+    assert [f.rule for f in found[:3]] == ["blind-spot", "bias-not-float32", "starved-experts"]
 
 
 def test_layers_are_named_and_grouped():
@@ -502,8 +530,15 @@ def test_double_softmax_in_numbers():
     flat = F.switch_loss(F.topk_gating(logits.softmax(-1), 2)).item()
     assert finding.evidence["loss_of_double_softmax"] == pytest.approx(flat, rel=1e-4)
     assert finding.evidence["loss"] > 3 > 1.5 > flat
-    # What the caller reported stands beside it: the other rules go by the true probabilities.
-    assert "blind-spot" not in [f.rule for f in diagnose(logits=logits, top_k=2).findings]
+
+
+def test_probabilities_are_judged_as_such():
+    """Taken for logits they would be almost uniform, which is the blind spot."""
+    logits = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    logits[:, :2] += 12
+    found = [f.rule for f in diagnose(logits=logits.softmax(-1), top_k=2).findings]
+    assert found == ["probabilities-as-logits", "dead-experts", "hot-experts"]
+    assert found[1:] == [f.rule for f in diagnose(logits=logits, top_k=2).findings]
 
 
 def test_a_layer_without_tokens_beside_one_with_probabilities():

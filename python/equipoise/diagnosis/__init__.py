@@ -2,9 +2,33 @@
 """What is wrong with a routing, by how much, and what to do about it.
 
 A rule looks at facts, and is silent without them: `Diagnosis.checked` names the rules that had
-what they need. All thresholds stand beside their rules. With counts C_e of mean m and CV^2 their
-variance over m^2, the Switch loss `E sum(f P)` is `1 + eps CV^2` for probabilities that follow the
-counts with strength eps, `P = u + eps (f - u)`: that is what the blind spot is measured by.
+what they need. In the order of cause and effect:
+
+    never-updated            no step, no token, or the same counts again and again
+    nan-logits               NaN or +inf logits of a real token
+    probabilities-as-logits  rows in [0, 1] that add up to 1
+    padding-counted          CV with and without padding differ by a factor of 2, or the caller's
+                             counts or loss are those with padding
+    dense-routing            K = E, and a balance loss is on
+    bias-not-float32         a selection bias in half precision
+    aux-loss-scaled          a Switch loss below 0.5
+    blind-spot               skewed counts, of which the loss sees less than a tenth
+    layers-cancel            CV of the sum of the layers below half the mean CV of the layers
+    router-without-gradient  no gradient of the main loss
+    loss-too-weak, -strong   gradient of the balance loss below 1 %, above 30 % of the main one's
+    micro-batch-scope        micro-batches twice as far from 1 as all of them together
+    bias-oscillates          back and forth in the last 6 updates, half of the experts
+    bias-drifts              mean above 3 standard deviations
+    dead-experts             no token
+    starved-experts          less than 10 % of a fair share
+    hot-experts              twice a fair share or more
+    dropped-tokens           more than 1 % of the slots
+    identical-experts        cosine above 0.95
+    over-balanced            token entropy above 98 % of log E, information below 2 % of it
+
+Skewed is a CV above 0.5. With counts C_e of mean m and CV^2 their variance over m^2, the Switch
+loss `E sum(f P)` is `1 + eps CV^2` for probabilities that follow the counts with strength eps,
+`P = u + eps (f - u)`: that is what the blind spot is measured by.
 
 Few tokens are uneven by chance. A fair router's counts are close to Poisson's, so that CV^2 is
 about 1 / m; what such a router would show as well is no finding.
