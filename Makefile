@@ -5,7 +5,7 @@
 #   make test-ptx      the CUDA kernels without a GPU: the tests marked cuda on an interpreter of PTX (PTXRUN=directory)
 #   make kernels       writes docs/kernels.md: registers, machine code and memory traffic of the CUDA kernels, with limits
 #   make nightly       what takes too long for every commit: make mutants (ARGS=numbers), test-schedules, test-asan and
-#                      test-ptx-modes, which is test-ptx in ten runs instead of four
+#                      test-ptx-modes, which is test-ptx in ten runs instead of two
 #   make bench         side-by-side tables (BENCH=gating, permute or losses for one of them; ARGS= is passed on)
 #   make format        ruff and clang-format;  make format-check only looks
 #   make clean         removes build/ and report/ (.venv stays)

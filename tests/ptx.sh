@@ -4,8 +4,9 @@
 # Runs the tests marked `cuda` on an interpreter of PTX, with the libraries that hold the PTX of each architecture:
 # blocks, warps and lanes in their order and in random ones, one block after the other, as a device with 4
 # multiprocessors and with 132. Loaded first, such a library takes the place of the installed one, whose name it has.
-# `some` are two such runs of each architecture, `all` are five. All must end with the same bits, and every kernel of
-# the library must have run. The two architectures run side by side, for the interpreter uses one thread.
+# `some` is one run of each architecture, one in a random order with 4, one in order with 132; `all` are five of each.
+# All must end with the same bits, and every kernel of the library must have run. The two architectures run side by
+# side, for the interpreter uses one thread.
 set -euo pipefail
 interpreter=$1 python=$2 build=$3 which=$4
 one_by_one="PTXRUN_SMS=132 PTXRUN_RESIDENT=1"
@@ -15,8 +16,8 @@ if [ "$which" = all ]; then
   modes[80]="PTXRUN_SMS=4;$one_by_one;$random=1;$random=2;$random=3"
   modes[90]=${modes[80]}
 else
-  modes[80]="PTXRUN_SMS=4;$random=1"
-  modes[90]="$one_by_one;$random=2"
+  modes[80]="PTXRUN_SMS=4 $random=1"
+  modes[90]=$one_by_one
 fi
 
 run_architecture() {
