@@ -15,7 +15,7 @@ from pathlib import Path
 ARCHITECTURES = (75, 80, 90, 100, 120)
 # Whose PTX their machine code is made from, as a driver makes that of architectures after 9.0: it
 # is in the libraries equipoise_ptx_80 and equipoise_ptx_90. Others are compiled from the source.
-PTX_LIBRARY = {80: 80, 90: 90, 100: 90, 120: 90}
+PTX_LIBRARY = {80: 80, 90: 90, 100: 90}
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -127,8 +127,8 @@ def machine_code_text(kernels: list[Kernel], nvcc: str) -> str:
     hot = [k for k in hot if "single values" not in group(k)]
     return f"""## Machine code
 
-From {nvcc}, that of sm_100 and sm_120 from the PTX for 9.0, as a driver would compile what a wheel
-holds. Registers of a thread on each architecture, the most that is accepted, bytes of static
+From {nvcc}, that of sm_100 from the PTX for 9.0, as a driver would compile what a wheel holds.
+Registers of a thread on each architecture, the most that is accepted, bytes of static
 shared memory, bytes spilled, bytes of local memory (what is spilled and arrays that are indexed),
 and bits of the widest load from and store to global memory. A row is the worst of all instances of
 a kernel, in the last five columns of all architectures too.
