@@ -5,14 +5,13 @@ import io
 
 import pytest
 import torch
+from rich.console import Console
 
 from equipoise import live
 
-rich_console = pytest.importorskip("rich.console")
-
 
 def text_of(renderable, width):
-    console = rich_console.Console(width=width, record=True, file=io.StringIO())
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
 

@@ -91,7 +91,6 @@ def test_diagnose(log, capsys):
 
 
 def test_watch_once(log, capsys, monkeypatch):
-    pytest.importorskip("rich")
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["watch", "--once", "--steps", "5", str(log)]) == 0
     out = capsys.readouterr().out
